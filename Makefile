@@ -1,0 +1,39 @@
+# Two commands: `make compare` and `make test`. Both make .venv first, from pinned versions.
+PYTHON ?= python3
+BIN := .venv/bin
+
+# Spinning OpenMP threads beside another busy process slow a forward many times over.
+export OMP_WAIT_POLICY = passive
+
+.PHONY: compare test test-slow lint format docs clean
+
+compare: .venv/installed
+	$(BIN)/polypatch compare
+
+test: .venv/dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	$(BIN)/pytest -m "not slow" -n 2
+
+test-slow: .venv/dev
+	$(BIN)/pytest -m slow
+
+lint: .venv/dev
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/pyright
+
+docs: .venv/dev
+	$(BIN)/polypatch papers --write docs/papers.md
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "polypatch needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch .venv/installed $@
+
+clean:
+	rm -rf .venv runs report

@@ -1,0 +1,1 @@
+"""How a raw signal is cut into tokens; one file a paper."""

@@ -1,0 +1,1 @@
+"""Fewer tokens on the way through a transformer; one file a paper."""
