@@ -53,7 +53,11 @@ def load_images(
         raise PolypatchError(f"the test fraction must be between 0 and 1, not {test_fraction}")
     if spec.startswith("bundled:"):
         if spec not in BUNDLED:
-            raise PolypatchError(f"there is no {spec!r}{suggest(spec, BUNDLED, kind='samples')}")
+            # Compared without the prefix, which would make everything look alike.
+            sample = spec.removeprefix("bundled:")
+            samples = [key.removeprefix("bundled:") for key in BUNDLED]
+            hint = suggest(sample, samples, kind="samples")
+            raise PolypatchError(f"there is no bundled sample {sample!r}{hint}")
         return BUNDLED[spec](name=spec, resolution=resolution, seed=seed)
 
     place, columns = _split_columns(spec)
@@ -76,7 +80,7 @@ def load_images(
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise PolypatchError(f"{place} is a file but not a .parquet file; known forms: {FORMS}")
-        files = {"all": [str(path)]}
+        files = {"train": [str(path)]}
     else:
         files = parquet_files(path)
     if files:

@@ -51,10 +51,12 @@ def resample(
     batch, window, _, channels = patches.shape
     size = weights.shape[1]
     weights = weights.expand(batch, size, window)
-    # Rows first: one product per sample, all columns and channels at once.
-    rows = torch.bmm(weights, patches.reshape(batch, window, window * channels).float())
-    rows = rows.div_(UNIT).round_().view(batch, size, window, channels)
-    # Then columns: (window, channels * size), so that the result needs one permutation only.
-    columns = rows.permute(0, 2, 3, 1).reshape(batch, window, channels * size)
-    out = torch.bmm(weights, columns).div_(UNIT).round_()  # batch, x, (channel, y)
+    # A caller's autocast would round the products to bfloat16.
+    with torch.autocast(patches.device.type, enabled=False):
+        # Rows first: one product per sample, all columns and channels at once.
+        rows = torch.bmm(weights, patches.reshape(batch, window, window * channels).float())
+        rows = rows.div_(UNIT).round_().view(batch, size, window, channels)
+        # Then columns: (window, channels * size), so that the result needs one permutation only.
+        columns = rows.permute(0, 2, 3, 1).reshape(batch, window, channels * size)
+        out = torch.bmm(weights, columns).div_(UNIT).round_()  # batch, x, (channel, y)
     return out.view(batch, size, channels, size).permute(0, 2, 3, 1).contiguous()

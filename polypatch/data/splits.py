@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ Progress = Callable[[int, int, str], None]
 """Called with (done, total, what is being done)."""
 
 
+@runtime_checkable
 class EncodedImages(Protocol):
     """Images that aren't decoded yet, by row number."""
 

@@ -77,7 +77,7 @@ def _source(value: Any) -> Source | None:
 
 def parquet_files(folder: Path) -> dict[str, list[str]]:
     """The parquet files of a folder (or of its ``data/``), by split, as the hub lays them out:
-    ``train*.parquet``, ``test*.parquet``, ...; files of other names are one split ``all``."""
+    ``train*.parquet``, ``test*.parquet``, ...; files of other names are all ``train``."""
     for place in (folder, folder / "data"):
         files = sorted(p for p in place.glob("*.parquet") if not p.name.startswith("."))
         splits: dict[str, list[str]] = {}
@@ -89,7 +89,7 @@ def parquet_files(folder: Path) -> dict[str, list[str]]:
         if splits:
             return splits
         if files:
-            return {"all": [str(p) for p in files]}
+            return {"train": [str(p) for p in files]}
     return {}
 
 
@@ -110,16 +110,33 @@ def load_parquet(
     progress: Progress | None = None,
 ) -> ImageData:
     """Read parquet files, given by split (see :func:`parquet_files`)."""
+    filled = {split: [f for f in paths if _row_count(f)] for split, paths in files.items()}
+    filled = {split: paths for split, paths in filled.items() if paths}
+    if not filled:
+        raise PolypatchError(f"{name} has no rows")
     with _quiet():
         from datasets import load_dataset
 
         try:
-            splits = load_dataset("parquet", data_files={k: list(v) for k, v in files.items()})
+            splits = load_dataset("parquet", data_files=filled)
         except Exception as error:  # pyarrow's and datasets' errors have no common class
             raise PolypatchError(
                 f"{name} can't be read as parquet ({_first_line(error.__cause__ or error)})"
             ) from error
         return _from_splits(splits, name, resolution, test_fraction, columns, progress)
+
+
+def _row_count(file: str) -> int:
+    """Rows of a parquet file, from its footer. ``datasets`` stumbles over files without rows, and
+    doesn't say which of many files is broken."""
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(file).num_rows
+    except (OSError, ValueError) as error:  # pyarrow's errors are one or the other
+        raise PolypatchError(
+            f"{file} can't be read as parquet ({_first_line(error).rstrip('.')})"
+        ) from error
 
 
 def load_hub(

@@ -1,0 +1,98 @@
+"""Accuracy of a model on the test split, and how many tokens it took."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..data.base import ImageData
+
+__all__ = ["Outcome", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Results on a test split.
+
+    ``tokens`` is the mean number of placed tokens that enter the first block, over samples;
+    ``tokens_spread`` its standard deviation (adaptive tokenizers vary). Both are None for networks
+    without tokens.
+    """
+
+    accuracy: float
+    loss: float
+    samples: int
+    tokens: float | None
+    tokens_spread: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: ImageData, *, batch: int = 256, accelerator: Any = None
+) -> Outcome:
+    """Evaluate in eval mode; the mode is restored. With ``accelerator``, processes share the work
+    and all get the result."""
+    device = next(model.parameters()).device
+    mean = torch.tensor(data.mean, device=device)[:, None, None]
+    std = torch.tensor(data.std, device=device)[:, None, None]
+    samples = len(data.test)
+    rank = accelerator.process_index if accelerator else 0
+    world = accelerator.num_processes if accelerator else 1
+    # correct, loss, samples, tokens, tokens²
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    counter = _TokenCounter(model)
+    training = model.training
+    model.eval()
+    try:
+        for start in range(rank * batch, samples, world * batch):
+            images, labels = data.test.read(torch.arange(start, min(start + batch, samples)))
+            images, labels = images.to(device), labels.to(device)
+            counter.counts = None
+            logits = model((images - mean) / std).float()
+            sums[0] += (logits.argmax(1) == labels).sum()
+            sums[1] += F.cross_entropy(logits, labels, reduction="sum")
+            sums[2] += len(labels)
+            if counter.counts is not None:
+                counts = counter.counts.double()
+                sums[3] += counts.sum()
+                sums[4] += counts.square().sum()
+    finally:
+        counter.close()
+        model.train(training)
+    if accelerator is not None:
+        sums = accelerator.reduce(sums, reduction="sum")
+    correct, loss, seen, tokens, squares = sums.tolist()
+    spread = max(0.0, squares / seen - (tokens / seen) ** 2) ** 0.5
+    return Outcome(
+        accuracy=correct / seen,
+        loss=loss / seen,
+        samples=int(seen),
+        tokens=tokens / seen if tokens else None,
+        tokens_spread=spread if tokens else None,
+    )
+
+
+class _TokenCounter:
+    """Listens to what a model's ``patching`` gives."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.counts: torch.Tensor | None = None
+        patching = getattr(model, "patching", None)
+        self._handle = None
+        if isinstance(patching, nn.Module):
+            self._handle = patching.register_forward_hook(self._listen)
+
+    def _listen(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if hasattr(output, "counts"):
+            self.counts = output.counts - output.prefix
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
