@@ -23,7 +23,17 @@ from . import catalogue
 from .errors import PolypatchError, suggest
 from .hosts.vit import SIZES, ViT, build_vit
 
-__all__ = ["Part", "Spec", "create", "host_names", "options_of", "parse", "plug", "technique_names"]
+__all__ = [
+    "Part",
+    "Spec",
+    "create",
+    "host_names",
+    "options_of",
+    "parse",
+    "plug",
+    "split_list",
+    "technique_names",
+]
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,15 @@ def host_names() -> list[str]:
         if entry.works and _has(entry, "def build("):
             names += list(importlib.import_module(entry.module).VARIANTS)
     return names
+
+
+def split_list(text: str) -> list[str]:
+    """The items of a comma-separated list; commas inside of brackets don't separate.
+
+    >>> split_list("grid, dart(tokens=49, version=v1)")
+    ['grid', 'dart(tokens=49, version=v1)']
+    """
+    return [item.strip() for item in _split(text, ",") if item.strip()]
 
 
 # ---- resolving names ---------------------------------------------------------------------------

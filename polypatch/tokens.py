@@ -563,7 +563,9 @@ def _rasterise(
     for axis in (0, 1):
         low = (pieces.centre - pieces.extent / 2)[..., axis].expand(batch, -1)
         high = (pieces.centre + pieces.extent / 2)[..., axis].expand(batch, -1)
-        at = (torch.arange(size[axis], device=device) + 0.5) * (canvas[axis] / size[axis])
+        # A hair off the centre: edges like 7/2 fall on centres, and the two boxes that share one
+        # may have computed it with different roundings.
+        at = (torch.arange(size[axis], device=device) + 0.499) * (canvas[axis] / size[axis])
         inside.append(((low[..., None] <= at) & (at < high[..., None])).float())
     rows, columns = inside
     rows = rows * (pieces.owner >= 0)[..., None]

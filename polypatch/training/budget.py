@@ -59,6 +59,11 @@ class Budget:
             raise ValueError("a budget in seconds needs the seconds that one step takes")
         return max(1, int(self.amount / step_seconds))
 
+    @property
+    def words(self) -> str:
+        """For people: ``200 steps``."""
+        return f"{self.amount:g} {self.kind if self.amount != 1 else self.kind[:-1]}"
+
     def __str__(self) -> str:
         unit = {"seconds": "s", "steps": "steps", "epochs": "epochs"}[self.kind]
         return f"{self.amount:g}{unit}"

@@ -1,0 +1,63 @@
+"""Options that several commands share, written once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="bundled:photos, bundled:digits, a folder of class folders, a parquet file or "
+        "folder, or hub:owner/name.",
+    ),
+]
+Resolution = Annotated[
+    int | None, typer.Option("--resolution", help="Side of the square images, in pixels.")
+]
+BudgetText = Annotated[
+    str, typer.Option("--budget", help="Training of each run: 60s, 10min, 500steps, 3epochs.")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; default: the best there is.")
+]
+Runs = Annotated[Path, typer.Option("--runs", help="Where runs are kept and found again.")]
+Batch = Annotated[int, typer.Option("--batch", help="Images a step, all processes together.")]
+Lr = Annotated[float, typer.Option("--lr", help="Peak learning rate.")]
+Augment = Annotated[str, typer.Option("--augment", help="none, light or rand.")]
+Precision = Annotated[str, typer.Option("--precision", help="float32, bf16 or fp16.")]
+Mixup = Annotated[float, typer.Option("--mixup", help="Beta parameter; 0: off.")]
+CutMix = Annotated[float, typer.Option("--cutmix", help="Beta parameter; 0: off.")]
+Ema = Annotated[float, typer.Option("--ema", help="Decay of averaged weights; 0: off.")]
+
+
+def check_device(device: str | None) -> None:
+    """One clear sentence for a device that isn't there."""
+    if device is None:
+        return
+    import torch
+
+    from ..errors import PolypatchError
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise PolypatchError(f"there is no device {device!r}; use cpu, cuda or mps") from error
+    usable = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not usable.get(kind, False):
+        there = ", ".join(name for name, ok in usable.items() if ok)
+        raise PolypatchError(f"there is no device {device!r} here; there is {there}")
+
+
+def console() -> Any:
+    """Where commands talk; on standard error, so that results can be piped."""
+    from rich.console import Console
+
+    return Console(stderr=True)
