@@ -36,7 +36,7 @@ def command(
     specs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[SPEC]...",
+            metavar="SPEC",
             help="Models: vit-nano, vit-tiny(patch=8)+dart(tokens=49), … "
             "Without any: the grid at two patch sizes and the adaptive tokenizers.",
             show_default=False,

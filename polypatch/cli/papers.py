@@ -11,7 +11,7 @@ import typer
 def command(
     query: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[QUERY]...", help="A slug for one paper, or words to search for."),
+        typer.Argument(metavar="QUERY", help="A slug for one paper, or words to search for."),
     ] = None,
     by: Annotated[
         str, typer.Option(help="room, year or taxonomy (of A Survey of Transformers).")

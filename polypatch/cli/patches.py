@@ -11,7 +11,7 @@ from .options import console
 
 
 def command(
-    photos: Annotated[list[Path], typer.Argument(help="Image files.", metavar="PHOTO...")],
+    photos: Annotated[list[Path], typer.Argument(help="Image files.", metavar="PHOTO")],
     cutters: Annotated[
         str,
         typer.Option(
