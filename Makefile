@@ -12,7 +12,7 @@ compare: .venv/installed
 
 test: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
-	$(BIN)/pytest -m "not slow" -n 2
+	POLYPATCH_CHECK_SHAPES=1 $(BIN)/pytest -m "not slow" -n 2
 
 test-slow: .venv/dev
 	$(BIN)/pytest -m slow

@@ -285,6 +285,11 @@ def run_jobs(
         left[0].device is None and not torch.accelerator.is_available()
     )
     jobs = min(jobs or (cores if on_cpu else 1), len(left))
+    if jobs == 1:  # no worker to start
+        for job in left:
+            run_job(job, progress=lambda *_: refresh())
+        refresh()
+        return
     # Spawned, not forked: forking a process that has used torch's threads may hang.
     with ProcessPoolExecutor(
         jobs,
@@ -300,12 +305,12 @@ def run_jobs(
             raise
 
 
-def run_job(job: Job) -> dict[str, Any]:
+def run_job(job: Job, progress: Callable[..., None] | None = None) -> dict[str, Any]:
     """Train one run to its end (or find it finished); its result."""
     from .training.loop import train
 
     data = _data(job.config)
-    run = train(job.config, data, root=job.root, device=job.device)
+    run = train(job.config, data, root=job.root, device=job.device, progress=progress)
     assert run.result is not None
     return run.result
 

@@ -271,9 +271,10 @@ def _parse_part(piece: str, text: str) -> Part:
 
 
 def _value(text: str) -> Any:
-    named = {"true": True, "false": False, "none": None}
-    if text.lower() in named:
-        return named[text.lower()]
+    # None is Python's; the bare word none stays a word (position=none).
+    named = {"true": True, "false": False}
+    if text in named:
+        return named[text]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

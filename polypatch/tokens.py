@@ -143,7 +143,7 @@ class Tokens:
             pad = (extra, 0) if value.ndim == 2 else (0, 0, extra, 0)
             return F.pad(value, pad, value=fill)
 
-        mask = padded(self.mask, True)
+        mask = padded(self.mask, 1.0)
         return replace(
             self,
             x=torch.cat([x.expand(self.batch, -1, -1).to(self.x.dtype), self.x], dim=1),

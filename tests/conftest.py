@@ -5,6 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+# With POLYPATCH_CHECK_SHAPES=1 (as `make test` has it) the shapes in signatures are checked while
+# the tests run. Off for the slow ones: torch.compile can't see through the checks.
+if os.environ.get("POLYPATCH_CHECK_SHAPES"):
+    install_import_hook("polypatch", "tests.check")
 
 ROOT = Path(__file__).resolve().parent.parent
 

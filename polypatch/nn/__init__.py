@@ -13,7 +13,7 @@ from .layers import (
     init_transformer_weights,
     quick_gelu,
 )
-from .patches import GridPatching, patchify, unpatchify
+from .patches import GridPatching, linear_of, patchify, unpatchify
 from .pooling import AttentionPool, ClassAndMean, ClassToken, MeanPool
 from .positions import (
     LearnedPosition,
@@ -43,6 +43,7 @@ __all__ = [
     "SinCosPosition",
     "SwiGlu",
     "init_transformer_weights",
+    "linear_of",
     "patchify",
     "quick_gelu",
     "rotate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import PolypatchError
 from ..tokens import Tokens, raster_geometry
 
-__all__ = ["GridPatching", "patchify", "unpatchify"]
+__all__ = ["GridPatching", "linear_of", "patchify", "unpatchify"]
 
 
 def patchify(
@@ -32,6 +33,22 @@ def unpatchify(
         h=grid[0],
         w=grid[1],
     )
+
+
+def linear_of(conv: nn.Conv2d) -> nn.Linear:
+    """The linear layer on flattened (row, column, channel) patches that a patch convolution is."""
+    linear = nn.Linear(
+        conv.weight[0].numel(),
+        conv.out_channels,
+        bias=conv.bias is not None,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight.permute(0, 2, 3, 1).flatten(1))
+        if conv.bias is not None:
+            linear.bias.copy_(conv.bias)
+    return linear.requires_grad_(conv.weight.requires_grad)
 
 
 class GridPatching(nn.Module):

@@ -47,7 +47,16 @@ def test_papers_searches(polypatch):
 
 
 def test_compare_leaves_a_report_and_reuses_runs(polypatch, tmp_path):
-    words = ["compare", "vit-nano(patch=8)", "vit-nano(patch=4)", *SMALL, "--seeds", "2"]
+    words = [
+        "compare",
+        "vit-nano(patch=8)",
+        "vit-nano(patch=4)",
+        *SMALL,
+        "--seeds",
+        "2",
+        "--jobs",
+        "1",
+    ]
     first = polypatch(*words)
     assert first.code == 0
     assert "Report: report/index.html" in first.out
@@ -64,6 +73,24 @@ def test_compare_leaves_a_report_and_reuses_runs(polypatch, tmp_path):
     again = polypatch(*words)
     assert "(4 of 4 runs are there already)" in again.err
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in models.items())
+
+
+@pytest.mark.slow
+def test_jobs_share_the_runs(polypatch, tmp_path):
+    one = polypatch("compare", "vit-nano(patch=8)", *SMALL, "--runs", "one", "--jobs", "1")
+    two = polypatch("compare", "vit-nano(patch=8)", *SMALL, "--runs", "two", "--jobs", "2")
+    assert one.code == two.code == 0
+    names = [sorted(p.name for p in (tmp_path / r).iterdir()) for r in ("one", "two")]
+    assert names[0] == names[1]
+    assert len(names[0]) == 3
+
+
+@pytest.mark.slow
+def test_compare_on_a_local_ray(polypatch, tmp_path):
+    pytest.importorskip("ray")
+    outcome = polypatch("compare", "vit-nano(patch=8)", *SMALL, "--seeds", "2", "--ray", "local")
+    assert outcome.code == 0
+    assert len(list(tmp_path.glob("runs/*/result.json"))) == 2
 
 
 def test_train_evaluate_predict(polypatch, tmp_path, photo):

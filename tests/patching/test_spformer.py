@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,11 @@ from polypatch.patching.spformer import (
 from tests.parity.goldens import find_cases
 
 SPEC = "vit-nano+spformer"
+
+
+def alone(program):
+    """Run a program by itself: the shape checks of the tests' own process can't be compiled."""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
 
 
 def literal_sca(layer, pixels, superpixels):
@@ -412,19 +419,20 @@ def test_half_precision():
         torch.testing.assert_close(rounded.float(), exact, atol=0.1, rtol=0.1)
 
 
-@torch.no_grad()
-def test_one_graph():
-    image = torch.randn(1, 3, 32, 48)
-    for model in (create(SPEC, classes=3, resolution=32, seed=0).eval(), tiny(class_token=True)):
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(image), model(image))
-
-
 @pytest.mark.slow
-@torch.no_grad()
 def test_compiles():
-    patching = create("vit-nano+spformer(iterations=1)", classes=3, resolution=32, seed=0).patching
-    image = torch.randn(2, 3, 32, 32)
-    compiled, eager = torch.compile(patching, fullgraph=True)(image), patching(image)
-    torch.testing.assert_close(compiled.x, eager.x, atol=1e-4, rtol=1e-3)
-    assert torch.equal(compiled.regions, eager.regions)
+    alone("""
+import torch
+from polypatch import create
+
+torch.set_grad_enabled(False)
+image = torch.randn(1, 3, 32, 48)
+for name in ("vit-nano+spformer", "spformer-tiny"):
+    model = create(name, classes=3, resolution=32, seed=0).eval()
+    whole = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(image), model(image))
+patching = create("vit-nano+spformer(iterations=1)", resolution=32, seed=0).patching
+compiled, eager = torch.compile(patching, fullgraph=True)(image), patching(image)
+torch.testing.assert_close(compiled.x, eager.x, atol=1e-4, rtol=1e-3)
+assert torch.equal(compiled.regions, eager.regions)
+""")
