@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polypatch.errors import PolypatchError, suggest
+from .errors import PolypatchError, suggest
 
 __all__ = ["ROOMS", "TAXONOMY", "Paper", "Place", "by_taxonomy", "paper", "papers", "search"]
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import catalogue
 from .errors import PolypatchError
+from .nn import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["Loaded", "load", "load_weights", "read_state", "recognise", "unwrap"]
 
@@ -46,8 +47,8 @@ class Loaded:
     classes: tuple[str, ...] = ()
     scale: int = 1
     input_range: tuple[float, float] = (0.0, 1.0)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 

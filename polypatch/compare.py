@@ -23,6 +23,7 @@ import torch
 
 from .data import ImageData, load_images
 from .errors import PolypatchError
+from .nn import normalise
 from .report.statistics import Interval, difference, interval
 from .spec import create, parse
 from .training.budget import Budget
@@ -37,7 +38,7 @@ DEFAULT_SPECS = (
     "vit-nano(patch=8)",
     "vit-nano(patch=4)",
     "vit-nano(patch=4)+dart(tokens=32)",
-    "vit-nano(patch=4)+spformer",
+    "vit-nano(patch=8)+spformer",
     "vit-nano(patch=4)+elastic-vit",
     "vit-nano(patch=4)+flexivit",
     "vit-nano(patch=4)+quadtree",
@@ -121,6 +122,7 @@ def compare(
     device: str | None = None,
     ray: str | None = None,
     watch: Callable[[list[Job]], Any] | None = None,
+    reading: Callable[[int, int, str], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Train every spec with every seed under the same budget and measure what each costs.
@@ -132,6 +134,7 @@ def compare(
         ray: address of a Ray cluster, ``"local"`` to start one here.
         watch: given the list of jobs, a context manager whose value is called again and again
             while they run, to show progress.
+        reading: called with (done, total, what) while the data is read.
         say: called with a sentence at each stage.
 
     Raises:
@@ -146,7 +149,7 @@ def compare(
     if not canonical:
         raise PolypatchError("there is nothing to compare; name at least one model: vit-nano+dart")
     say(f"Reading {data} …")
-    source = load_images(data, resolution=resolution)
+    source = load_images(data, resolution=resolution, progress=reading)
     for note in source.notes:
         say(note)
     for spec in canonical:  # everything that can be wrong with a spec shows here
@@ -224,33 +227,31 @@ def recommend(candidates: Sequence[Candidate]) -> str:
         )
     gaps = {c.spec: difference(best_scores, c.per_seed("accuracy")) for c in ranked[1:]}
     level = [best, *(c for c in ranked[1:] if not gaps[c.spec].clear)]
+    noise = max((gaps[c.spec].half for c in level[1:]), default=0.0)
+    if noise > 0.05:  # "can't be told apart" says little where nothing could be told apart
+        return (
+            f"Too few or too short runs to choose: {best.spec} scored highest "
+            f"({_percent(best.accuracy)}), but differences of up to {100 * noise:.0f} points are "
+            "noise here; use more --seeds or a larger --budget."
+        )
     choice = min(level, key=lambda c: c.cost.gflops)
-    if choice is best:
-        clear = [c for c in ranked[1:] if gaps[c.spec].clear]
-        text = f"Take {best.spec}: it has the highest accuracy ({_percent(best.accuracy)})"
-        if len(level) > 1:
-            others = ", ".join(c.spec for c in level[1:])
-            return (
-                f"{text}, and it is also the cheapest of those within the noise of it ({others})."
-            )
-        runner = clear[0]
-        gap = gaps[runner.spec]
+    if choice is not best:
+        gap = gaps[choice.spec]
+        saving = best.cost.gflops / max(choice.cost.gflops, 1e-12)
         return (
-            f"{text}, clearly ahead of {runner.spec} by "
-            f"{100 * gap.mean:.1f} ± {100 * gap.half:.1f} points."
+            f"Take {choice.spec}: {_percent(choice.accuracy)} with {saving:.1f} times fewer "
+            f"operations than {best.spec}, whose lead of {100 * gap.mean:.1f} points is within the "
+            f"noise (± {100 * gap.half:.1f})."
         )
-    gap = gaps[choice.spec]
-    if gap.half > 0.05:  # "not told apart" says little where nothing could be told apart
-        return (
-            f"Too few or too short runs to choose: {best.spec} is {100 * gap.mean:.1f} points ahead "
-            f"of the cheaper {choice.spec}, but the noise is ± {100 * gap.half:.1f} points; use more "
-            "--seeds or a larger --budget."
-        )
-    saving = best.cost.gflops / max(choice.cost.gflops, 1e-12)
+    text = f"Take {best.spec}: it has the highest accuracy ({_percent(best.accuracy)})"
+    if len(level) > 1:
+        others = ", ".join(c.spec for c in level[1:])
+        return f"{text}, and it is the cheapest of those within the noise of it ({others})."
+    runner = ranked[1]
+    gap = gaps[runner.spec]
     return (
-        f"Take {choice.spec}: {_percent(choice.accuracy)} with {saving:.1f} times fewer operations "
-        f"than {best.spec}, whose lead of {100 * gap.mean:.1f} points is within the noise "
-        f"(± {100 * gap.half:.1f})."
+        f"{text}, clearly ahead of {runner.spec} by "
+        f"{100 * gap.mean:.1f} ± {100 * gap.half:.1f} points."
     )
 
 
@@ -397,8 +398,7 @@ def _cost_of(run: Run, data: ImageData, device: str | None) -> Cost:
         return Cost(**result["cost"])
     model = trained(run, device=device)
     images, _ = data.test.read(torch.arange(min(32, len(data.test))))
-    mean, std = torch.tensor(data.mean)[:, None, None], torch.tensor(data.std)[:, None, None]
-    images = ((images - mean) / std).to(next(model.parameters()).device)
+    images = normalise(images, data.mean, data.std).to(next(model.parameters()).device)
     cost = measure(model, images)
     run.write_result({**result, "cost": cost.to_dict()})
     return cost

@@ -130,6 +130,18 @@ class Tokens:
 
     # ---- changing the set of tokens ------------------------------------------------------------
 
+    def pieces(self) -> Pieces:
+        """The supports as boxes with owners; of tokens that are boxes, each owns its own."""
+        if isinstance(self.regions, Pieces):
+            return self.regions
+        if self.regions is not None:
+            raise ValueError("these supports are a label map, not boxes")
+        count = self.x.shape[1] - self.prefix
+        owner = torch.arange(count, device=self.x.device).expand(self.batch, -1)
+        if self.mask is not None:
+            owner = owner.where(self.mask[:, self.prefix :], -1)
+        return Pieces(self.centre[:, self.prefix :], self.extent[:, self.prefix :], owner)
+
     def with_x(self, x: Float[Tensor, "batch tokens dim2"]) -> Tokens:
         return replace(self, x=x)
 
@@ -253,12 +265,7 @@ class Tokens:
             alive = summed(real[..., None].to(centre.dtype))[..., 0] > 0
             bottom, top = bottom.where(alive[..., None], 0), top.where(alive[..., None], 0)
             new_mask = torch.cat([self.mask[:, :start], alive], dim=1)  # type: ignore[index]
-        regions = self.regions
-        if regions is None:
-            owner = torch.arange(placed, device=groups.device).expand(batch, -1)
-            if real is not None:
-                owner = owner.where(real, -1)
-            regions = Pieces(self.centre[:, start:], self.extent[:, start:], owner)
+        regions = self.pieces() if self.regions is None else self.regions
         merged = replace(
             self,
             x=x,
@@ -329,8 +336,9 @@ class Tokens:
             p.weight if p.weight is not None else p.centre.new_ones(p.x.shape[:2]) for p in parts
         ]
         regions: Tensor | Pieces | None = first.regions
-        if isinstance(regions, Pieces):
-            pieces = [(p, p.regions) for p in parts if isinstance(p.regions, Pieces)]
+        if any(isinstance(p.regions, Pieces) for p in parts):
+            # Parts whose tokens are boxes still (nothing was merged there) are pieces as well.
+            pieces = [(p, p.pieces()) for p in parts]
             regions = Pieces(
                 joined([per_sample(p, r.centre) for p, r in pieces], 0.0),
                 joined([per_sample(p, r.extent) for p, r in pieces], 0.0),
@@ -390,11 +398,7 @@ class Tokens:
             columns = _cell_of_pixel(width, regions.shape[2], regions.device)
             return regions.expand(self.batch, -1, -1)[:, rows][:, :, columns]
         if regions is None:
-            placed = self.x.shape[1] - self.prefix
-            owner = torch.arange(placed, device=self.x.device).expand(self.batch, -1)
-            if self.mask is not None:
-                owner = owner.where(self.mask[:, self.prefix :], -1)
-            regions = Pieces(self.centre[:, self.prefix :], self.extent[:, self.prefix :], owner)
+            regions = self.pieces()
         return _rasterise(regions, self.canvas, (height, width))
 
     def scatter_to_grid(
@@ -460,8 +464,9 @@ class Packed:
     padded: Tokens
 
     @property
-    def offsets(self) -> Int64[Tensor, " batch+1"]:
-        """Where each sample starts, as variable-length attention kernels want it."""
+    def offsets(self) -> Int64[Tensor, " offsets"]:
+        """Where each sample starts, and the end: batch + 1 numbers, as variable-length attention
+        kernels want them."""
         return F.pad(self.lengths.cumsum(0), (1, 0))
 
     def unpack(self, x: Float[Tensor, "total dim2"] | None = None) -> Tokens:

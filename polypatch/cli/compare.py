@@ -26,6 +26,7 @@ from .options import (
     Runs,
     check_device,
     console,
+    reading_bar,
 )
 
 if TYPE_CHECKING:
@@ -84,20 +85,22 @@ def command(
         ema=ema,
         precision=precision,
     )
-    comparison = compare(
-        specs or DEFAULT_SPECS,
-        data=data,
-        budget=budget,
-        seeds=seeds,
-        resolution=resolution,
-        recipe=recipe,
-        root=runs,
-        jobs=jobs,
-        device=device,
-        ray=ray,
-        watch=lambda work: _live(work, terminal),
-        say=lambda text: terminal.print(text, markup=False, highlight=False),
-    )
+    with reading_bar(terminal) as reading:
+        comparison = compare(
+            specs or DEFAULT_SPECS,
+            data=data,
+            budget=budget,
+            seeds=seeds,
+            resolution=resolution,
+            recipe=recipe,
+            root=runs,
+            jobs=jobs,
+            device=device,
+            ray=ray,
+            reading=reading,
+            watch=lambda work: _live(work, terminal),
+            say=lambda text: terminal.print(text, markup=False, highlight=False),
+        )
     terminal.print("Writing the report …")
     page = write_report(comparison, out, command=_called())
     print_table(comparison)

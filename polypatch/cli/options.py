@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +57,29 @@ def check_device(device: str | None) -> None:
     if not usable.get(kind, False):
         there = ", ".join(name for name, ok in usable.items() if ok)
         raise PolypatchError(f"there is no device {device!r} here; there is {there}")
+
+
+@contextlib.contextmanager
+def reading_bar(terminal: Any) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar for reading data; it shows up only where reading takes more than a moment."""
+    from rich.progress import Progress
+
+    began = time.monotonic()
+    bars = Progress(console=terminal, transient=True)
+    task: list[Any] = []
+
+    def show(done: int, total: int, what: str) -> None:
+        if not task:
+            if time.monotonic() - began < 0.5:
+                return
+            bars.start()
+            task.append(bars.add_task(what, total=total))
+        bars.update(task[0], completed=done, total=total, description=what)
+
+    try:
+        yield show
+    finally:
+        bars.stop()
 
 
 def console() -> Any:

@@ -33,6 +33,7 @@ def command(
     from ..checkpoints import load
     from ..data.decode import Undecodable, decode_image
     from ..errors import PolypatchError
+    from ..nn import normalise
 
     check_device(device)
     if out is not None and out.suffix not in (".csv", ".json"):
@@ -46,7 +47,6 @@ def command(
     terminal = console()
     rows: list[dict[str, Any]] = []
     bad: list[str] = []
-    mean, std = torch.tensor(loaded.mean)[:, None, None], torch.tensor(loaded.std)[:, None, None]
     at = next(model.parameters()).device
     for start in range(0, len(paths), batch):
         images, names = [], []
@@ -59,7 +59,7 @@ def command(
                 bad.append(f"{path}: {error}")
         if not images:
             continue
-        stacked = (torch.stack(images) - mean) / std
+        stacked = normalise(torch.stack(images), loaded.mean, loaded.std)
         with torch.inference_mode():
             chances = model(stacked.to(at)).float().softmax(1).cpu()
         best = chances.topk(min(top, chances.shape[1]))

@@ -23,6 +23,7 @@ from .options import (
     Runs,
     check_device,
     console,
+    reading_bar,
 )
 
 
@@ -85,7 +86,10 @@ def command(
         accumulate=accumulate,
     )
     canonical = str(parse(spec))
-    source = load_images(data, resolution=resolution, seed=seed)
+    with reading_bar(terminal) as reading:
+        source = load_images(
+            data, resolution=resolution, seed=seed, progress=reading if leader else None
+        )
     for note in source.notes if leader else ():
         terminal.print(note, markup=False, highlight=False)
     config = RunConfig(

@@ -13,6 +13,8 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ..nn import IMAGENET_MEAN, IMAGENET_STD
+
 __all__ = ["ImageData", "Split"]
 
 
@@ -46,8 +48,8 @@ class ImageData:
     resolution: int
     train: Split
     test: Split
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
     endless: bool = False
     flippable: bool = True  # a mirrored image keeps its label (not so for digits)
     notes: tuple[str, ...] = field(default=())

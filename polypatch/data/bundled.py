@@ -29,10 +29,10 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
-from polypatch.data.base import ImageData
-from polypatch.data.resample import resample, triangle_weights
-from polypatch.data.splits import check_indices, mean_and_std
-from polypatch.errors import PolypatchError
+from ..errors import PolypatchError
+from .base import ImageData
+from .resample import resample, triangle_weights
+from .splits import check_indices
 
 __all__ = ["BUNDLED", "Crops", "PhotoCrops", "crop_layout", "load_digits", "load_photos"]
 
@@ -266,7 +266,6 @@ def load_photos(*, name: str, resolution: int | None, seed: int) -> ImageData:
     )
     digest = hashlib.blake2b(photos.tobytes(), digest_size=16)
     digest.update(repr(("photos 1", layout, seed, TRAIN_EPOCH, TEST_SAMPLES)).encode())
-    mean, std = mean_and_std(train)
     return ImageData(
         name=name,
         fingerprint=digest.hexdigest(),
@@ -274,8 +273,6 @@ def load_photos(*, name: str, resolution: int | None, seed: int) -> ImageData:
         resolution=resolution,
         train=train,
         test=test,
-        mean=mean,
-        std=std,
         endless=True,
     )
 
@@ -344,7 +341,6 @@ def load_digits(*, name: str, resolution: int | None, seed: int) -> ImageData:
     )
     digest = hashlib.blake2b(pixels.tobytes(), digest_size=16)
     digest.update(repr(("digits 1", resolution)).encode())
-    mean, std = mean_and_std(train)
     return ImageData(
         name=name,
         fingerprint=digest.hexdigest(),
@@ -352,8 +348,6 @@ def load_digits(*, name: str, resolution: int | None, seed: int) -> ImageData:
         resolution=resolution,
         train=train,
         test=test,
-        mean=mean,
-        std=std,
         flippable=False,
     )
 

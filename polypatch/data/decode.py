@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import UInt8
 
-from polypatch.errors import PolypatchError
+from ..errors import PolypatchError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from polypatch.data.base import ImageData
-from polypatch.data.decode import SUFFIXES, Source
-from polypatch.data.splits import Labelled, Progress, assemble, hash_split, name_some
-from polypatch.errors import PolypatchError
+from ..errors import PolypatchError
+from .base import ImageData
+from .decode import SUFFIXES, Source
+from .splits import Labelled, Progress, assemble, hash_split, name_some
 
 __all__ = ["TEST_NAMES", "FileImages", "load_folder"]
 

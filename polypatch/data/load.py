@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from polypatch.data.base import ImageData
-from polypatch.data.bundled import BUNDLED
-from polypatch.data.files import load_folder
-from polypatch.data.splits import Progress
-from polypatch.data.tables import Columns, load_hub, load_parquet, parquet_files
-from polypatch.errors import PolypatchError, suggest
+from ..errors import PolypatchError, suggest
+from .base import ImageData
+from .bundled import BUNDLED
+from .files import load_folder
+from .splits import Progress
+from .tables import Columns, load_hub, load_parquet, parquet_files
 
 __all__ = ["load_images"]
 

@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from polypatch.data.base import ImageData, Split
-from polypatch.data.decode import Source, Undecodable, decode_image, image_size
-from polypatch.errors import PolypatchError
+from ..errors import PolypatchError
+from .base import ImageData, Split
+from .decode import Source, Undecodable, decode_image, image_size
 
 __all__ = [
     "EncodedImages",
@@ -32,7 +32,6 @@ __all__ = [
     "assemble",
     "check_indices",
     "hash_split",
-    "mean_and_std",
     "name_some",
 ]
 
@@ -187,32 +186,6 @@ def _threads() -> int:
         return min(16, os.cpu_count() or 1)
 
 
-def mean_and_std(
-    split: Split, *, most: int = 512
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation of each channel, over at most 512 samples spread evenly.
-
-    The data's own statistics rather than ImageNet's: models here are mostly trained from scratch.
-    A caller with pretrained weights uses the statistics that came with those.
-    """
-    count = min(most, len(split))
-    indices = torch.arange(count) * len(split) // count
-    sums, squares, pixels = torch.zeros(3).double(), torch.zeros(3).double(), 0
-    for part in indices.split(_CHUNK):  # in parts: 512 large images would take gigabytes
-        images = split.read(part)[0].double()
-        sums += images.sum(dim=(0, 2, 3))
-        squares += images.square().sum(dim=(0, 2, 3))
-        pixels += images.numel() // 3
-    mean = sums / pixels
-    std = (squares / pixels - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3)
-    return _three(mean), _three(std)
-
-
-def _three(values: Float[Tensor, " 3"]) -> tuple[float, float, float]:
-    a, b, c = (round(v, 6) for v in values.tolist())
-    return a, b, c
-
-
 # ---------------------------------------------------------------------------------------------
 # Loading
 # ---------------------------------------------------------------------------------------------
@@ -312,7 +285,6 @@ def assemble(
             digest.update(chosen.images.identity().encode(errors="surrogateescape"))
             digest.update(chosen.rows.tobytes())
             splits.append(OnDemandSplit(Labelled(chosen.images, chosen.rows, labels), resolution))
-    mean, std = mean_and_std(splits[0])
     return ImageData(
         name=name,
         fingerprint=digest.hexdigest(),
@@ -320,8 +292,6 @@ def assemble(
         resolution=resolution,
         train=splits[0],
         test=splits[1],
-        mean=mean,
-        std=std,
         notes=tuple(notes),
     )
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polypatch.data.base import ImageData
-from polypatch.data.decode import Source
-from polypatch.data.splits import Labelled, Progress, assemble, hash_split, name_some
-from polypatch.errors import PolypatchError, suggest
+from ..errors import PolypatchError, suggest
+from .base import ImageData
+from .decode import Source
+from .splits import Labelled, Progress, assemble, hash_split, name_some
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -31,8 +31,13 @@ class TrainingHook:
         """Class probabilities to train towards, where the technique mixes samples."""
         return targets
 
-    def loss(self, host: ViT) -> Float[Tensor, ""] | None:
-        """A further term of the loss, of the forward pass just made."""
+    def loss(
+        self,
+        host: ViT,
+        images: Float[Tensor, "batch channels height width"],
+        logits: Float[Tensor, "batch classes"],
+    ) -> Float[Tensor, ""] | None:
+        """A further term of the loss, of the forward pass just made on ``images``."""
         return None
 
     def after_training(self, host: ViT) -> None:

@@ -13,7 +13,15 @@ from .layers import (
     init_transformer_weights,
     quick_gelu,
 )
-from .patches import GridPatching, linear_of, patchify, unpatchify
+from .patches import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    GridPatching,
+    linear_of,
+    normalise,
+    patchify,
+    unpatchify,
+)
 from .pooling import AttentionPool, ClassAndMean, ClassToken, MeanPool
 from .positions import (
     LearnedPosition,
@@ -23,8 +31,11 @@ from .positions import (
     SinCosPosition,
     rotate,
 )
+from .weights import check_fit, init_parts, load_exactly
 
 __all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "Attention",
     "AttentionPool",
     "ClassAndMean",
@@ -42,8 +53,12 @@ __all__ = [
     "RotaryPosition",
     "SinCosPosition",
     "SwiGlu",
+    "check_fit",
+    "init_parts",
     "init_transformer_weights",
     "linear_of",
+    "load_exactly",
+    "normalise",
     "patchify",
     "quick_gelu",
     "rotate",

@@ -11,7 +11,29 @@ from torch import Tensor, nn
 from ..errors import PolypatchError
 from ..tokens import Tokens, raster_geometry
 
-__all__ = ["GridPatching", "linear_of", "patchify", "unpatchify"]
+#: What images are normalised with, everywhere in the library: weights that go round expect it, and
+#: parts that need the pixels themselves know how to get them back.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "GridPatching",
+    "linear_of",
+    "normalise",
+    "patchify",
+    "unpatchify",
+]
+
+
+def normalise(
+    images: Float[Tensor, "*batch channels height width"],
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Float[Tensor, "*batch channels height width"]:
+    """(images - mean) / std, per channel."""
+    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
 
 
 def patchify(

@@ -47,7 +47,7 @@ class MeanPool(nn.Module):
 class ClassAndMean(nn.Module):
     """Class token and mean of the placed tokens side by side (DINOv2's linear head)."""
 
-    def forward(self, tokens: Tokens) -> Float[Tensor, "batch 2*dim"]:
+    def forward(self, tokens: Tokens) -> Float[Tensor, "batch twice"]:
         return torch.cat([tokens.x[:, 0], masked_mean(tokens)], dim=1)
 
 

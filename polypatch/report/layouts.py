@@ -12,13 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PolypatchError
+from ..nn import normalise
 from ..spec import Part, Spec, create, parse, split_list
 from .pictures import tokens_for_drawing
 
 __all__ = ["cutters_of", "draw_layouts", "load_photo"]
-
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
 
 
 def cutters_of(text: str, *, host: str, patch: int, resolution: int) -> list[tuple[str, nn.Module]]:
@@ -81,7 +79,6 @@ def draw_layouts(
     import matplotlib
     from matplotlib.figure import Figure
 
-    mean, std = torch.tensor(_MEAN)[:, None, None], torch.tensor(_STD)[:, None, None]
     rows: list[list[tuple[str, Any]]] = []
     counts: list[list[int]] = []
     for path, photo in photos:
@@ -89,7 +86,7 @@ def draw_layouts(
         plain = F.interpolate(photo, scale_factor=scale, mode="bicubic", antialias=True)
         row, count = [(path.name, plain)], []
         for name, model in models:
-            tokens = tokens_for_drawing(model, (photo - mean) / std)
+            tokens = tokens_for_drawing(model, normalise(photo))
             count.append(int(tokens.counts[0]) - tokens.prefix)
             drawn = tokens.draw(photo, fill=0.6, scale=scale)
             row.append((f"{name}: {count[-1]} tokens", drawn))

@@ -65,6 +65,7 @@ def summary(comparison: Comparison) -> dict[str, Any]:
 def render(comparison: Comparison, *, command: str = "") -> str:
     """The page as text."""
     from jinja2 import Environment, PackageLoader
+    from markupsafe import Markup, escape
 
     environment = Environment(loader=PackageLoader("polypatch", "report"), autoescape=True)
     candidates = comparison.candidates
@@ -72,6 +73,7 @@ def render(comparison: Comparison, *, command: str = "") -> str:
     rows = [
         {
             "spec": c.spec,
+            "broken": Markup(str(escape(c.spec)).replace("+", "+<wbr>")),
             "colour": COLOURS[i % len(COLOURS)],
             "cells": row_cells(c),
             "pictures": _pictures(c, comparison, images),
@@ -102,6 +104,16 @@ def render(comparison: Comparison, *, command: str = "") -> str:
             lambda c: c.cost.latency_32 / 32,
             label="latency per image at batch 32, ms (log)",
             title="Accuracy against measured latency",
+        ),
+        pareto_tokens=(
+            pareto(
+                candidates,
+                lambda c: (c.tokens or (1.0, 0.0))[0],
+                label="tokens per image (log)",
+                title="Accuracy against tokens",
+            )
+            if all(c.tokens for c in candidates)
+            else ""
         ),
         curves=curves(candidates),
         command=command or "polypatch compare",

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..data.base import ImageData
+from ..nn import normalise
 from ..tokens import Tokens
 
 __all__ = ["cut", "data_uri", "sample_images", "to_png", "tokens_for_drawing"]
@@ -59,9 +60,8 @@ def cut(
     Args:
         images: in [0, 1], not normalised.
     """
-    normalised = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     device = next(model.parameters()).device
-    tokens = tokens_for_drawing(model, normalised.to(device))
+    tokens = tokens_for_drawing(model, normalise(images, mean, std).to(device))
     scale = max(1, -(-side // min(images.shape[-2:])))
     drawn = tokens.draw(images.to(device), fill=0.55, scale=scale)
     return drawn.cpu(), (tokens.counts - tokens.prefix).tolist()

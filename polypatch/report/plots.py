@@ -86,6 +86,10 @@ def pareto(
     low, high = min(x), max(x)
     axes.set_xlim(low / 1.6, high * 1.6)
     _plain_log_ticks(axes, low / 1.6, high * 1.6)
+    # A wide interval must not squeeze the points into a line.
+    low = min(v - h for v, h in zip(y, half))
+    high = max(v + h for v, h in zip(y, half))
+    axes.set_ylim(max(-2.0, low - 2), min(102.0, high + 2))
     axes.set_xlabel(label)
     axes.set_ylabel("accuracy, %")
     return _svg(figure)

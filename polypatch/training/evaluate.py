@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.base import ImageData
+from ..nn import normalise
 
 __all__ = ["Outcome", "evaluate"]
 
@@ -40,8 +41,6 @@ def evaluate(
     """Evaluate in eval mode; the mode is restored. With ``accelerator``, processes share the work
     and all get the result."""
     device = next(model.parameters()).device
-    mean = torch.tensor(data.mean, device=device)[:, None, None]
-    std = torch.tensor(data.std, device=device)[:, None, None]
     samples = len(data.test)
     rank = accelerator.process_index if accelerator else 0
     world = accelerator.num_processes if accelerator else 1
@@ -55,7 +54,7 @@ def evaluate(
             images, labels = data.test.read(torch.arange(start, min(start + batch, samples)))
             images, labels = images.to(device), labels.to(device)
             counter.counts = None
-            logits = model((images - mean) / std).float()
+            logits = model(normalise(images, data.mean, data.std)).float()
             sums[0] += (logits.argmax(1) == labels).sum()
             sums[1] += F.cross_entropy(logits, labels, reduction="sum")
             sums[2] += len(labels)

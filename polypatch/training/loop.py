@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..data.base import ImageData
 from ..errors import PolypatchError
+from ..nn import normalise
 from ..spec import create
 from .augment import augment, draw, mix, one_hot
 from .budget import Budget
@@ -156,8 +157,6 @@ class _Stepper:
 
     def __post_init__(self) -> None:
         self.host = self.accelerator.unwrap_model(self.model)
-        self.mean = torch.tensor(self.data.mean)[:, None, None]
-        self.std = torch.tensor(self.data.std)[:, None, None]
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Augmented, normalised images and target probabilities of this process."""
@@ -181,7 +180,7 @@ class _Stepper:
         images, targets = mix(
             images, targets, mixup=recipe.mixup, cutmix=recipe.cutmix, generator=generator
         )
-        return (images - self.mean.to(device)) / self.std.to(device), targets
+        return normalise(images, data.mean, data.std), targets
 
     def __call__(self, step: int, total: int) -> Tensor:
         """Make the step; the mean loss over all processes, still on the device."""
@@ -217,7 +216,7 @@ class _Stepper:
             logits = self.model(x)
         loss = F.cross_entropy(logits.float(), y)
         for hook in hooks:
-            extra = hook.loss(self.host)
+            extra = hook.loss(self.host, x, logits)
             if extra is not None:
                 loss = loss + extra
         loss = loss / self.config.recipe.accumulate

@@ -46,7 +46,7 @@ def test_the_report_works_in_chromium(page_file):
         assert page.locator("img").count() == 6 * 4
         widths = page.locator("img").evaluate_all("all => all.map(i => i.naturalWidth)")
         assert min(widths) >= 128
-        assert page.locator(".plots svg").count() == 3
+        assert page.locator(".plots svg").count() == 4
         rows = page.locator("#results tbody tr")
         assert rows.count() == 3
 
