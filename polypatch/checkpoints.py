@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from . import catalogue
 from .errors import PolypatchError
-from .nn import IMAGENET_MEAN, IMAGENET_STD
+from .hosts import ViT
+from .nn import IMAGENET_MEAN, IMAGENET_STD, GridPatching, LearnedPosition
+from .nn.positions import resample_grid
 
-__all__ = ["Loaded", "load", "load_weights", "read_state", "recognise", "unwrap"]
+__all__ = ["Loaded", "load", "load_weights", "read_state", "recognise", "resize", "unwrap"]
 
 #: names under which training scripts keep the weights, in order of preference
 WRAPPERS = ("params_ema", "model_ema", "state_dict_ema", "ema", "state_dict", "model_state_dict",
@@ -52,12 +54,19 @@ class Loaded:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def load(path: str | Path, *, config: Mapping[str, Any] | None = None) -> Loaded:
+def load(
+    path: str | Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    patch: int | None = None,
+    resolution: int | None = None,
+) -> Loaded:
     """Load a checkpoint, whatever paper it is from.
 
     Args:
         path: a file, a run's folder, or ``hub:owner/name`` for a Hugging Face repository.
         config: arguments by the authors' names, where shapes don't tell them.
+        patch, resolution: of a plain ViT: resize its weights to these, see :func:`resize`.
 
     Raises:
         PolypatchError: no such file, an unreadable or unsafe one, or weights of no known paper.
@@ -90,6 +99,10 @@ def load(path: str | Path, *, config: Mapping[str, Any] | None = None) -> Loaded
         if "heads" in name and name not in given
     )
     model = module.from_official(used, state)
+    if patch is not None or resolution is not None:
+        if not isinstance(model, ViT):
+            raise PolypatchError(f"only plain ViTs can be resized, this is {slug}")
+        model = resize(model, patch=patch, resolution=resolution)
     return Loaded(model, slug, "classify", used, assumed, metadata=metadata)
 
 
@@ -165,8 +178,10 @@ def unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: Path) -> list[str]:
-    """Put a run's or checkpoint's weights into a model of the same architecture; a classifier of
-    another size keeps its fresh weights. Returns what was left fresh.
+    """Put a run's or a checkpoint's weights into a model of the same architecture.
+
+    Foreign ViT weights are renamed, the patch embedding and the positions resized to the model's;
+    a classifier of another size keeps its fresh weights. Returns what was left fresh.
 
     Raises:
         PolypatchError: anything but the classifier doesn't fit.
@@ -174,7 +189,13 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     if path.is_dir():
         path = path / "model.safetensors"
     state = unwrap(read_state(path)[0])
+    found = recognise({name: tuple(value.shape) for name, value in state.items()})
+    if found is not None:
+        slug, config = found
+        state = importlib.import_module(_weights_module(slug)).from_official(config, state)
+        state = dict(state.state_dict())
     own = model.state_dict()
+    state = _resized(state, own)
     fresh = [
         name
         for name, value in own.items()
@@ -191,6 +212,55 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
         raise PolypatchError(f"the weights in {path} are of another architecture: {said}")
     model.load_state_dict({n: v for n, v in state.items() if n not in fresh}, strict=False)
     return fresh
+
+
+def resize(model: ViT, *, patch: int | None = None, resolution: int | None = None) -> ViT:
+    """A plain ViT's weights for another patch size or native resolution; changes and returns it.
+
+    The patch embedding is resized by the pseudo-inverse (FlexiViT), so that tokens of images
+    enlarged in proportion stay what they were; the positions are interpolated. Without
+    ``resolution`` the number of tokens at the native resolution changes with the patch.
+
+    Raises:
+        PolypatchError: a host whose tokenizer or positions aren't the plain ones.
+    """
+    if not isinstance(model.patching, GridPatching):
+        raise PolypatchError(
+            f"only a plain grid of patches can be resized, not {type(model.patching).__name__}"
+        )
+    patch = model.patch if patch is None else patch
+    resolution = model.resolution if resolution is None else resolution
+    conv = model.patching.proj
+    fresh = GridPatching(
+        dim=model.dim, patch=patch, channels=conv.in_channels, bias=conv.bias is not None
+    )
+    cells = -(-resolution // patch)
+    wanted = dict(model.state_dict())
+    wanted["patching.proj.weight"] = fresh.proj.weight
+    if isinstance(model.position, LearnedPosition):
+        wanted["position.table"] = torch.empty(1, cells, cells, model.dim)
+    state = _resized(dict(model.state_dict()), wanted)
+    model.patching = fresh.to(conv.weight)
+    model.patch, model.resolution = patch, resolution
+    if isinstance(model.position, LearnedPosition):
+        model.position.table = nn.Parameter(state["position.table"])
+    model.load_state_dict(state)
+    return model
+
+
+def _resized(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Patch embeddings and position tables in the sizes that a model has."""
+    from .patching.flexivit import resample_patch_embed
+
+    state = dict(state)
+    kernel, table = "patching.proj.weight", "position.table"
+    if kernel in state and kernel in own and state[kernel].ndim == own[kernel].ndim == 4:
+        height, width = own[kernel].shape[2:]
+        state[kernel] = resample_patch_embed(state[kernel], (height, width))
+    if table in state and table in own and state[table].ndim == own[table].ndim == 4:
+        rows, columns = own[table].shape[1:3]
+        state[table] = resample_grid(state[table], (rows, columns))
+    return state
 
 
 def _load_own(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Loaded:

@@ -75,35 +75,42 @@ def draw_layouts(
     models: Sequence[tuple[str, nn.Module]],
     target: Path,
 ) -> list[list[int]]:
-    """One row a photo, one column a model, the photo first; the token counts."""
+    """The photos, each followed by how every model cuts it, four pictures to a row; the token
+    counts."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    rows: list[list[tuple[str, Any]]] = []
     counts: list[list[int]] = []
+    rows: list[list[tuple[str, Any]]] = []
+    pictures = len(models) + 1
+    columns = -(-pictures // -(-pictures // 4))  # even rows of at most four
     for path, photo in photos:
         scale = max(1, round(640 / max(photo.shape[-2:])))
         plain = F.interpolate(photo, scale_factor=scale, mode="bicubic", antialias=True)
-        row, count = [(path.name, plain)], []
+        cells, count = [(path.name, plain)], []
         for name, model in models:
-            tokens = tokens_for_drawing(model, normalise(photo))
+            try:
+                tokens = tokens_for_drawing(model, normalise(photo))
+            except PolypatchError as error:
+                raise PolypatchError(f"{name} on {path}: {error}") from error
             count.append(int(tokens.counts[0]) - tokens.prefix)
             drawn = tokens.draw(photo, fill=0.6, scale=scale)
-            row.append((f"{name}: {count[-1]} tokens", drawn))
-        rows.append(row)
+            cells.append((f"{name}: {count[-1]} tokens", drawn))
         counts.append(count)
-    columns = len(models) + 1
-    height, width = photos[0][1].shape[-2:]
+        rows += [cells[k : k + columns] for k in range(0, len(cells), columns)]
+    width = 3.2
+    heights = [width * row[0][1].shape[-2] / row[0][1].shape[-1] + 0.28 for row in rows]
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
-        figure = Figure(
-            figsize=(3.1 * columns, (3.1 * height / width + 0.3) * len(rows)), layout="constrained"
+        figure = Figure(figsize=(width * columns, sum(heights)), layout="constrained")
+        grid = figure.subplots(
+            len(rows), columns, squeeze=False, gridspec_kw={"height_ratios": heights}
         )
-        grid = figure.subplots(len(rows), columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
         for axes_row, row in zip(grid, rows):
             for axes, (title, picture) in zip(axes_row, row):
                 axes.imshow(picture[0].clamp(0, 1).permute(1, 2, 0).numpy())
                 axes.set_title(title, fontsize=9, color="#111827")
-                axes.set_axis_off()
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}")
         figure.savefig(beside, dpi=110, format=target.suffix[1:].lower())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..data.base import ImageData
 from ..errors import PolypatchError
 from ..nn import normalise
-from ..spec import create
+from ..spec import Part, Spec, create, parse, plug
 from .augment import augment, draw, mix, one_hot
 from .budget import Budget
 from .evaluate import evaluate
@@ -38,15 +38,37 @@ _PRECISION = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def build(config: RunConfig) -> nn.Module:
-    """The model of a run, with its initial weights."""
-    model = create(
-        config.spec, classes=config.classes, resolution=config.resolution, seed=config.seed
-    )
-    if config.init:
-        from ..checkpoints import load_weights
+    """The model of a run, with its initial weights.
 
-        load_weights(model, Path(config.init))
-    return model
+    Weights to start from belong to the bare host, onto which the techniques are plugged then,
+    unless they are those of a run with the same techniques.
+    """
+    spec = parse(config.spec)
+    sizes = dict(classes=config.classes, resolution=config.resolution, seed=config.seed)
+    if not config.init:
+        return create(spec, **sizes)
+    from ..checkpoints import load_weights
+
+    start = Path(config.init)
+    if not spec.techniques or _techniques_of(start) == spec.techniques:
+        model = create(spec, **sizes)
+        load_weights(model, start)
+        return model
+    host = create(Spec(spec.host), **sizes)
+    load_weights(host, start)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        for part in spec.techniques:
+            host = plug(host, part.name, **part.options)
+    return host
+
+
+def _techniques_of(path: Path) -> tuple[Part, ...]:
+    """Techniques of the run whose folder or weights these are."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        return ()
+    return parse(Run(folder).config.spec).techniques
 
 
 def train(

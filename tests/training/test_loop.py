@@ -161,7 +161,7 @@ def test_starting_from_another_run(tmp_path, digits):
     config = config_of(digits, budget="1steps", init=str(first.folder))
     second = train(config, digits, root=tmp_path, device="cpu")
     assert second.folder != first.folder
-    config = config_of(digits, spec="vit-nano(patch=4)", budget="1steps", init=str(first.folder))
+    config = config_of(digits, spec="vit-nano(qk_norm=True)", init=str(first.folder))
     with pytest.raises(PolypatchError, match="another architecture"):
         train(config, digits, root=tmp_path, device="cpu")
 
