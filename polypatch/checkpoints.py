@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import catalogue
 from .errors import PolypatchError
 from .hosts import ViT
-from .nn import IMAGENET_MEAN, IMAGENET_STD, GridPatching, LearnedPosition
+from .nn import IMAGENET_MEAN, IMAGENET_STD, GridPatching, LearnedPosition, check_fit, load_exactly
 from .nn.positions import resample_grid
 
 __all__ = ["Loaded", "load", "load_weights", "read_state", "recognise", "resize", "unwrap"]
@@ -93,10 +93,12 @@ def load(
     slug, inferred = found
     module = importlib.import_module(_weights_module(slug))
     used = inferred | given
+    # What recognising had to take from the authors' variants: everything beyond names of layouts
+    # that the caller didn't say. What shapes do tell is assumed harmlessly.
     assumed = tuple(
         f"{name}={value}"
         for name, value in inferred.items()
-        if "heads" in name and name not in given
+        if name not in given and name not in ("layout", "class", "cls")
     )
     model = module.from_official(used, state)
     if patch is not None or resolution is not None:
@@ -201,15 +203,11 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
         for name, value in own.items()
         if name.startswith("head.") and (name not in state or state[name].shape != value.shape)
     ]
-    misfits = [
-        name
-        for name, value in own.items()
-        if name not in fresh and (name not in state or state[name].shape != value.shape)
-    ]
-    extra = [name for name in state if name not in own]
-    if misfits or extra:
-        said = ", ".join((misfits + extra)[:6])
-        raise PolypatchError(f"the weights in {path} are of another architecture: {said}")
+    check_fit(
+        {name: value for name, value in own.items() if name not in fresh},
+        {name: value for name, value in state.items() if name not in fresh},
+        what=f"the model to start ({path} is of another architecture)",
+    )
     model.load_state_dict({n: v for n, v in state.items() if n not in fresh}, strict=False)
     return fresh
 
@@ -268,7 +266,7 @@ def _load_own(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Loade
 
     config = json.loads(metadata["polypatch"])
     model = create(config["spec"], classes=config["classes"], resolution=config["resolution"])
-    model.load_state_dict(dict(state))
+    load_exactly(model, state, what=config["spec"])
     extra = json.loads(metadata.get("data", "{}"))
     return Loaded(
         model.eval(),

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PolypatchError
-from ..nn import quick_gelu
+from ..nn import load_exactly, quick_gelu
 from .vit import ViT, assemble_vit
 
 __all__ = ["from_official", "recognise", "rename", "to_official"]
@@ -136,7 +136,10 @@ def rename(state: Mapping[str, Any], table: Mapping[str, str]) -> tuple[dict[str
             groups = match.groups()
             suffix = groups[-1] or ""
             number = groups[0] if len(groups) > 1 else ""
-            ours[target.replace("{i}", number or "") + suffix] = value
+            name_here = target.replace("{i}", number or "") + suffix
+            if name_here in ours:
+                raise PolypatchError(f"two keys for one weight, the second is {name}")
+            ours[name_here] = value
             break
         else:
             unknown.append(name)
@@ -162,22 +165,25 @@ def from_official(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> ViT
         numbers, renamed = _read_transformers(config, state)
     else:
         numbers, renamed = _read_timm(config, state)
+    _agree(config, numbers)
     model = assemble_vit(**numbers)
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in renamed.items()}
-    if wanted != given:
-        missing = sorted(set(wanted) - set(given))
-        extra = sorted(set(given) - set(wanted))
-        wrong = [f"{n}: {given[n]} for {wanted[n]}" for n in wanted if n in given
-                 if given[n] != wanted[n]]  # fmt: skip
-        said = [
-            f"{label} {', '.join(names[:6])}{' …' if len(names) > 6 else ''}"
-            for label, names in (("lacks", missing), ("has unexpected", extra), ("misfits", wrong))
-            if names
-        ]
-        raise PolypatchError("these weights don't fit the ViT of their shapes: " + "; ".join(said))
-    model.load_state_dict(renamed)
+    load_exactly(model, renamed, what="the ViT of their shapes")
     return model.eval()
+
+
+#: what shapes say too, by timm's and transformers' names: these must agree with the weights
+_SAID = {
+    "embed_dim": "dim", "hidden_size": "dim", "depth": "depth", "num_hidden_layers": "depth",
+    "intermediate_size": "hidden", "in_chans": "channels", "num_channels": "channels",
+}  # fmt: skip
+
+
+def _agree(config: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
+    for word, ours in _SAID.items():
+        if word in config and config[word] != numbers[ours]:
+            raise PolypatchError(
+                f"{word}={config[word]} contradicts the weights, which have {numbers[ours]}"
+            )
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
@@ -191,6 +197,9 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         return None if left else {"layout": "timm", "num_heads": _usual_heads(dim)}
     kind = _transformers_class(shapes)
     if kind is None:
+        return None
+    names = [n for n in _stripped(shapes) if not n.startswith("embeddings.")]
+    if [n for n in rename(dict.fromkeys(names), TRANSFORMERS)[1] if not UNUSED.search(n)]:
         return None
     weight = next(v for n, v in shapes.items() if "patch_embed" in n and n.endswith("weight"))
     heads = _usual_heads(weight[0])
@@ -266,7 +275,7 @@ def _read_timm(
     unknown = [n for n in unknown if n not in _TIMM_SPECIAL and not UNUSED.search(n)]
     if unknown:
         raise PolypatchError(f"keys that no plain ViT of timm has: {', '.join(unknown[:8])}")
-    weight = renamed["patching.proj.weight"]
+    weight = _essential(renamed, "the ViT of their shapes")["patching.proj.weight"]
     dim, channels, patch = weight.shape[:3]
     registers = state.get("reg_token", state.get("register_tokens"))
     leading = [state[n] for n in ("cls_token", "dist_token") if n in state]
@@ -318,6 +327,15 @@ def _read_timm(
     return numbers, renamed
 
 
+def _essential(renamed: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The same, if what sizes are read from is there."""
+    needed = ("patching.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
+    lost = [name for name in needed if name not in renamed]
+    if lost:
+        raise PolypatchError(f"these weights don't fit {what}: missing keys {', '.join(lost)}")
+    return renamed
+
+
 def _depth(renamed: Mapping[str, Any]) -> int:
     return 1 + max(int(n.split(".")[1]) for n in renamed if n.startswith("blocks."))
 
@@ -351,9 +369,21 @@ def _transformers_class(shapes: Mapping[str, Any]) -> str | None:
     return "ViTForImageClassification" if classifies else "ViTModel"
 
 
+_HF_KNOWN = {
+    "layout", "class", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "intermediate_size", "mlp_ratio", "hidden_act", "layer_norm_eps", "image_size", "patch_size",
+    "num_channels", "num_labels", "qkv_bias", "layerscale_value", "use_swiglu_ffn",
+    "num_register_tokens", "drop_path_rate", "hidden_dropout_prob", "attention_dropout",
+    "attention_probs_dropout_prob", "initializer_range", "projection_dim", "apply_layernorm",
+}  # fmt: skip
+
+
 def _read_transformers(
     config: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    strange = sorted(set(config) - _HF_KNOWN)
+    if strange:
+        raise PolypatchError(f"unknown arguments of a vision model: {', '.join(strange)}")
     plain = _stripped(state)
     kind = config.get("class") or _transformers_class(plain)
     family = next((f for f in _FAMILIES if str(kind).startswith(f)), None)
@@ -370,7 +400,7 @@ def _read_transformers(
     )
     if unknown:
         raise PolypatchError(f"keys that {kind} does not have: {', '.join(unknown[:8])}")
-    renamed = _stacked(renamed)
+    renamed = _essential(_stacked(renamed), str(kind))
     weight = renamed["patching.proj.weight"]
     dim, channels, patch = weight.shape[:3]
     positions = special.get(
@@ -432,7 +462,10 @@ def _stacked(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {n: v for n, v in renamed.items() if "#" not in n}
     for name, value in renamed.items():
         if "#q" in name:
-            parts = [value, *(renamed[name.replace("#q", f"#{c}")] for c in "kv")]
+            parts = [value, *(renamed.get(name.replace("#q", f"#{c}"), value) for c in "kv")]
+            lost = [c for c in "kv" if name.replace("#q", f"#{c}") not in renamed]
+            if lost:
+                raise PolypatchError(f"{name.replace('#q', '')} lacks its part {lost[0]}")
             out[name.replace("#q", "")] = torch.cat(parts)
         elif name.startswith("pooling#in."):
             suffix = name.split(".")[-1]

@@ -51,6 +51,7 @@ from ..nn import (
     RotaryPosition,
     SinCosPosition,
     SwiGlu,
+    init_parts,
     init_transformer_weights,
 )
 from ..tokens import Tokens, length_buckets
@@ -366,9 +367,7 @@ class ViT(nn.Module):
         """ViT's initialisation (JAX ViT and DeiT); works on modules that came from the meta
         device."""
         init_transformer_weights(self)
-        for module in self.modules():
-            if module is not self and callable(getattr(module, "init_weights", None)):
-                module.init_weights()  # type: ignore[operator]
+        init_parts(self)
 
     def no_decay(self) -> set[str]:
         """Names of parameters that weight decay leaves alone: biases, gains, tokens, positions."""

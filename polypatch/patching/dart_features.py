@@ -7,7 +7,7 @@ weights, which the published score networks carry.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PolypatchError, suggest
-from ..nn import DropPath
+from ..nn import DropPath, load_exactly
 
-__all__ = ["ConvFeatures", "Features", "ImageNetFeatures", "score_features"]
+__all__ = ["ConvFeatures", "Features", "ImageNetFeatures", "load_features", "score_features"]
 
 #: Makes a norm for a number of channels.
 Norm = Callable[[int], nn.Module]
@@ -256,3 +256,22 @@ def score_features(name: str, version: str = "v1", *, channels: int = 3) -> Feat
     if name not in table:
         raise PolypatchError(f"there is no score={name!r}{suggest(name, table, kind='scores')}")
     return table[name]
+
+
+def load_features(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Fill the score features of ``model`` from an ImageNet classifier's state dict (torchvision's
+    ``mobilenet_v3_small``, ``mobilenet_v3_large``, ``efficientnet_b0``). Its later layers are left.
+
+    Raises:
+        PolypatchError: the model has no such features, or a weight is missing or misshapen.
+    """
+    patching = getattr(model, "patching", model)
+    features = getattr(getattr(patching, "score", None), "features", None)
+    if not isinstance(features, ImageNetFeatures):
+        raise PolypatchError(
+            "this model's scores don't come from an ImageNet network; "
+            "make it with dart(score=mobilenet-small) or another"
+        )
+    given = {name.removeprefix("features."): value for name, value in state.items()}
+    wanted = {name: given[name] for name in features.state_dict() if name in given}
+    load_exactly(features, wanted, what="these score features")

@@ -51,7 +51,7 @@ from ..errors import PolypatchError, suggest
 from ..hosts.hooks import TrainingHook
 from ..hosts.layouts import TIMM, rename
 from ..hosts.vit import SIZES, Size, ViT, assemble_vit
-from ..nn import DropPath, GridPatching, LearnedPosition, Position
+from ..nn import DropPath, GridPatching, LearnedPosition, Position, load_exactly
 from ..nn.positions import sincos
 from ..tokens import Tokens
 from .elastic_sampling import GridSampler, MixedSampler, RandomSampler, Sampler, crop, grid_boxes
@@ -699,28 +699,10 @@ def from_official(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> ViT
     found = recognise({name: tuple(value.shape) for name, value in state.items()}) or {}
     host = assemble_official({**found, **config})
     renamed, unknown = rename(state, NAMES)
-    wanted = host.state_dict()
-    table = renamed.get("position.table")
-    if table is not None and table.numel() == wanted["position.table"].numel():
-        renamed["position.table"] = table.reshape(wanted["position.table"].shape)
-    wrong = [
-        f"{name}: {tuple(renamed[name].shape)} for {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in renamed and renamed[name].shape != value.shape
-    ]
-    extra = [*unknown, *sorted(set(renamed) - set(wanted))]
-    said = [
-        f"{label} {', '.join(names[:6])}{' …' if len(names) > 6 else ''}"
-        for label, names in (
-            ("lack", sorted(set(wanted) - set(renamed))),
-            ("have unexpected", extra),
-            ("misfit in", wrong),
-        )
-        if names
-    ]
-    if said:
-        raise PolypatchError("these weights don't fit their configuration: " + "; ".join(said))
-    host.load_state_dict(renamed)
+    table, wanted = renamed.get("position.table"), host.state_dict()["position.table"]
+    if table is not None and table.numel() == wanted.numel():
+        renamed["position.table"] = table.reshape(wanted.shape)
+    load_exactly(host, renamed, what="the ElasticViT of that configuration", unknown=unknown)
     return host.eval()
 
 

@@ -45,8 +45,6 @@ that fill no whole patch are cut off; given a patch size, the image is padded wi
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -58,9 +56,8 @@ from torch import Tensor, nn
 
 from ..errors import PolypatchError, suggest
 from ..hosts import InputRequirements, TrainingHook, ViT
-from ..hosts.layouts import rename
 from ..hosts.vit import assemble_vit
-from ..nn import GridPatching, LearnedPosition, Position
+from ..nn import GridPatching, LearnedPosition, Position, load_exactly
 from ..tokens import Tokens, raster_geometry
 
 __all__ = [
@@ -102,8 +99,10 @@ def _inverse(old: int, new: int, device: torch.device) -> Float[Tensor, "new old
     """(Bᵀ)⁺ of :func:`resize_matrix`, in single precision: computed once per pair of sizes (in a
     compiled graph, in every call: two inversions of a patch's side). Its singular values stay far
     from the cut-off for every pair."""
-    inverse = torch.linalg.pinv(resize_matrix(old, new).T, rtol=1e-10)
-    return inverse.float().to(device)
+    # Kept tensors outlive the call: made in inference mode, they could never be trained through.
+    with torch.inference_mode(False):
+        inverse = torch.linalg.pinv(resize_matrix(old, new).T, rtol=1e-10)
+        return inverse.float().to(device)
 
 
 def resample_patch_embed(
@@ -355,36 +354,23 @@ class Distillation(TrainingHook):
     it is neither trained nor saved with it.
     """
 
-    def __init__(
-        self, host: ViT, teacher: ViT, *, share: float = 1.0, temperature: float = 1.0
-    ) -> None:
+    def __init__(self, teacher: ViT, *, share: float = 1.0, temperature: float = 1.0) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         self.share, self.temperature = share, temperature
-        self._seen: tuple[Tensor, Tensor] | None = None
-        host.register_forward_hook(self._remember)
-
-    def _remember(self, host: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> None:
-        self._seen = (inputs[0], logits) if host.training else None
 
     def targets(self, host: ViT, targets: Tensor) -> Tensor:
         # Cross-entropy is linear in the target probabilities.
         return targets * (1 - self.share)
 
-    def loss(self, host: ViT) -> Tensor | None:
-        if self._seen is None:
-            return None
-        (image, logits), self._seen = self._seen, None
+    def loss(self, host: ViT, images: Tensor, logits: Tensor) -> Tensor:
         side = self.teacher.resolution
         with torch.no_grad():
-            if image.shape[-2:] != (side, side):
-                image = F.interpolate(
-                    image, size=(side, side), mode="bilinear", antialias=True, align_corners=False
+            if images.shape[-2:] != (side, side):
+                images = F.interpolate(
+                    images, size=(side, side), mode="bilinear", antialias=True, align_corners=False
                 )
-            wanted = self.teacher.to(image.device)(image)
+            wanted = self.teacher.to(images.device)(images)
         return self.share * distillation_loss(logits, wanted, temperature=self.temperature)
-
-    def after_training(self, host: ViT) -> None:
-        self._seen = None
 
 
 def distill(host: ViT, teacher: ViT, *, share: float = 1.0, temperature: float = 1.0) -> ViT:
@@ -395,7 +381,7 @@ def distill(host: ViT, teacher: ViT, *, share: float = 1.0, temperature: float =
     """
     if not 0 <= share <= 1:
         raise PolypatchError(f"a share lies from 0 to 1, got {share}")
-    hook = Distillation(host, teacher, share=share, temperature=temperature)
+    hook = Distillation(teacher, share=share, temperature=temperature)
     host.hooks = (*host.hooks, hook)
     return host
 
@@ -421,11 +407,7 @@ def initialise_from(host: ViT, teacher: ViT) -> ViT:
     if table in state and table in own:
         grid = (own[table].shape[1], own[table].shape[2])
         state[table] = resample_positions(state[table], grid, method="zoom")
-    wrong = [n for n in own if n not in state or state[n].shape != own[n].shape]
-    wrong += [n for n in state if n not in own]
-    if wrong:
-        raise PolypatchError(f"the teacher is of another shape: {', '.join(wrong[:6])}")
-    host.load_state_dict(state)
+    load_exactly(host, state, what="a host of another shape")
     return host
 
 
@@ -660,66 +642,7 @@ def init_weights(host: ViT, *, head_zeroinit: bool = True) -> None:
         nn.init.zeros_(host.head.weight)
 
 
-#: flax names → ours. ``#q``, ``#k``, ``#v`` are parts of our stacked projections.
-FLAX = {
-    "embedding": "patching.proj",
-    "Transformer.encoderblock_{i}.LayerNorm_0": "blocks.{i}.norm1",
-    "Transformer.encoderblock_{i}.MultiHeadDotProductAttention_0.query": "blocks.{i}.mixing.qkv#q",
-    "Transformer.encoderblock_{i}.MultiHeadDotProductAttention_0.key": "blocks.{i}.mixing.qkv#k",
-    "Transformer.encoderblock_{i}.MultiHeadDotProductAttention_0.value": "blocks.{i}.mixing.qkv#v",
-    "Transformer.encoderblock_{i}.MultiHeadDotProductAttention_0.out": "blocks.{i}.mixing.proj",
-    "Transformer.encoderblock_{i}.LayerNorm_1": "blocks.{i}.norm2",
-    "Transformer.encoderblock_{i}.MlpBlock_0.Dense_0": "blocks.{i}.mlp.fc1",
-    "Transformer.encoderblock_{i}.MlpBlock_0.Dense_1": "blocks.{i}.mlp.fc2",
-    "Transformer.encoder_norm": "norm",
-    "MAPHead_0.probe": "pooling.query",
-    "MAPHead_0.MultiHeadDotProductAttention_0.query": "pooling.q",
-    "MAPHead_0.MultiHeadDotProductAttention_0.key": "pooling.kv#k",
-    "MAPHead_0.MultiHeadDotProductAttention_0.value": "pooling.kv#v",
-    "MAPHead_0.MultiHeadDotProductAttention_0.out": "pooling.proj",
-    "MAPHead_0.LayerNorm_0": "pooling.norm",
-    "MAPHead_0.MlpBlock_0.Dense_0": "pooling.mlp.fc1",
-    "MAPHead_0.MlpBlock_0.Dense_1": "pooling.mlp.fc2",
-    "head": "head",
-    "cls": "prefix.tokens",
-    "pos_embedding": "position.table",
-}
-
-_SUFFIXES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-
-
-def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Names as the model has them: files may put "params" in front."""
-    return {re.sub(r"^params[./]", "", name).replace("/", "."): v for name, v in state.items()}
-
-
-def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
-    """The authors' arguments, from names and shapes; None if these aren't big_vision's.
-
-    Its plain ViT has the same names and shapes, and is read as well: a FlexiViT at its underlying
-    patch size is one. Without a position table its grid can't be told; the default 7×7 is assumed.
-    """
-    shapes = _plain(shapes)
-    _, unknown = rename(shapes, FLAX)
-    query = shapes.get("Transformer.encoderblock_0.MultiHeadDotProductAttention_0.query.kernel")
-    kernel = shapes.get("embedding.kernel", ())
-    if unknown or query is None or len(kernel) != 4:
-        return None
-    numbers = [int(m[1]) for n in shapes if (m := re.search(r"encoderblock_(\d+)\.", n))]
-    config: dict[str, Any] = {
-        "width": kernel[3],
-        "depth": 1 + max(numbers),
-        "mlp_dim": shapes["Transformer.encoderblock_0.MlpBlock_0.Dense_0.kernel"][1],
-        "num_heads": query[1],
-        "num_classes": shapes["head.kernel"][1] if "head.kernel" in shapes else 0,
-        "patch_size": (kernel[0], kernel[1]),
-        "pool_type": "tok" if "cls" in shapes else "map" if "MAPHead_0.probe" in shapes else "gap",
-        "posemb": "learn" if "pos_embedding" in shapes else "sincos2d",
-    }
-    if "pos_embedding" in shapes:
-        side = math.isqrt(shapes["pos_embedding"][1])
-        config["posemb_size"] = (side, side)
-    return config
+# ---- the authors' weights ------------------------------------------------------------------------
 
 
 def from_official(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> ViT:
@@ -734,83 +657,25 @@ def from_official(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> ViT
     Raises:
         PolypatchError: unknown arguments, and keys or shapes that don't fit, each named.
     """
-    state = _plain(state)
-    _, unknown = rename(state, FLAX)
-    if unknown:
-        raise PolypatchError(f"keys that no FlexiViT has: {', '.join(unknown[:8])}")
-    inferred = recognise({name: tuple(value.shape) for name, value in state.items()})
-    host = assemble({**(inferred or {}), **config})
-    own = host.state_dict()
-    wanted = {name: tuple(value.shape) for name, value in to_official(host).items()}
-    given = {name: tuple(value.shape) for name, value in state.items()}
-    if wanted != given:
-        said = [f"lacks {name}" for name in wanted if name not in given]
-        said += [f"has unexpected {name}" for name in given if name not in wanted]
-        said += [f"has {name} of {given[name]}, not {wanted[name]}" for name in wanted
-                 if name in given and given[name] != wanted[name]]  # fmt: skip
-        raise PolypatchError(
-            "these weights don't fit the FlexiViT of that configuration: it " + "; ".join(said[:6])
-        )
-    # In the order of ``wanted``, in which queries, keys and values follow each other.
-    renamed, _ = rename({name: state[name] for name in wanted}, FLAX)
-    parts: dict[str, list[Tensor]] = {}
-    for name, value in renamed.items():
-        ours = _ours(name)
-        if ours == "patching.proj.weight":
-            value = value.permute(3, 2, 0, 1)
-        elif ours == "position.table":
-            value = value.reshape(own[ours].shape)
-        elif name.endswith("kernel"):
-            value = value.reshape(own[ours].shape[1], -1).T
-        elif name.endswith("bias"):
-            value = value.reshape(-1)
-        parts.setdefault(ours, []).append(value)
-    host.load_state_dict({name: torch.cat(values) for name, values in parts.items()})
-    return host.eval()
+    from .flexivit_weights import read
 
-
-def _ours(name: str) -> str:
-    """ "blocks.0.mixing.qkv#q.kernel" → "blocks.0.mixing.qkv.weight"."""
-    stem, _, suffix = name.rpartition(".")
-    if suffix not in _SUFFIXES:
-        return name
-    return f"{stem.partition('#')[0]}.{_SUFFIXES[suffix]}"
+    return read(config, state)
 
 
 def to_official(host: ViT) -> dict[str, Tensor]:
     """The host's weights with flax's names and layouts, from which :func:`from_official` reads
     them back."""
-    state = host.state_dict()
-    heads = host.blocks[0].mixing.heads  # type: ignore[union-attr]
-    out: dict[str, Tensor] = {}
-    for theirs, ours in FLAX.items():
-        stem, _, mark = ours.partition("#")
-        numbers = range(len(host.blocks)) if "{i}" in ours else [0]
-        for i in numbers:
-            name, key = stem.replace("{i}", str(i)), theirs.replace("{i}", str(i))
-            if name in state:  # no weight and bias: tokens and positions
-                value = state[name]
-                out[key] = value.flatten(1, 2) if name == "position.table" else value
-                continue
-            for suffix in ("weight", "bias"):
-                value = state.get(f"{name}.{suffix}")
-                if value is None:
-                    continue
-                if mark:
-                    order = "qkv" if name.endswith("qkv") else "kv"
-                    value = value.chunk(len(order))[order.index(mark)]
-                attention = "MultiHead" in key
-                if value.ndim == 4:
-                    value = value.permute(2, 3, 1, 0)
-                elif suffix == "weight" and value.ndim == 2:
-                    value = value.T
-                    if attention and key.endswith("out"):
-                        value = value.unflatten(0, (heads, -1))
-                    elif attention:
-                        value = value.unflatten(1, (heads, -1))
-                elif attention and suffix == "bias" and not key.endswith("out"):
-                    value = value.unflatten(0, (heads, -1))
-                norm = "Norm" in key or "norm" in key
-                label = "bias" if suffix == "bias" else "scale" if norm else "kernel"
-                out[f"{key}.{label}"] = value
-    return out
+    from .flexivit_weights import flax_views
+
+    return flax_views(host)
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """The authors' arguments, from names and shapes; None if these aren't big_vision's.
+
+    Its plain ViT has the same names and shapes, and is read as well: a FlexiViT at its underlying
+    patch size is one. Without a position table its grid can't be told; the default 7×7 is assumed.
+    """
+    from .flexivit_weights import recognise_network
+
+    return recognise_network(shapes)

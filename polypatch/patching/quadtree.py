@@ -57,12 +57,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
 from ..errors import PolypatchError, suggest
 from ..hosts import InputRequirements, ViT
-from ..nn import GridPatching, LearnedPosition, Position
+from ..nn import IMAGENET_MEAN, IMAGENET_STD, GridPatching, LearnedPosition, Position
 from ..nn.positions import resample_grid
 from ..tokens import Tokens, raster_geometry
 
@@ -87,8 +87,9 @@ AGGREGATES = ("mean", "max", "std")
 #: Down and up by these factors, scale by scale; the last one serves all further scales.
 ERROR_FACTORS = (1.0, 0.5, 0.25)
 
-Maps = dict[int, Float[Tensor, "batch rows columns"]]
-Masks = dict[int, Bool[Tensor, "batch rows columns"]]
+# Each map has rows and columns of its own, so the axes have no names here.
+Maps = dict[int, Float[Tensor, "batch _ _"]]
+Masks = dict[int, Bool[Tensor, "batch _ _"]]
 
 
 # ---- importance ----------------------------------------------------------------------------------
@@ -118,8 +119,8 @@ def _grey(
 
 
 def _cut(
-    values: Float[Tensor, "batch height width"], side: int
-) -> Float[Tensor, "batch rows columns side*side"]:
+    values: Shaped[Tensor, "batch height width"], side: int
+) -> Shaped[Tensor, "batch rows columns square"]:
     """Squares in raster order, their values in raster order; zeros beyond the border."""
     height, width = values.shape[-2:]
     padded = F.pad(values, (0, -width % side, 0, -height % side))
@@ -275,7 +276,7 @@ def _enlarged(
 
 
 def select_patches(
-    maps: Mapping[int, Float[Tensor, "batch rows columns"]],
+    maps: Mapping[int, Float[Tensor, "batch _ _"]],
     thresholds: Sequence[float],
     *,
     patch: int,
@@ -328,13 +329,13 @@ class PatchGroups:
             at full resolution, in raster order.
     """
 
-    resized: dict[int, Float[Tensor, "n channels patch patch"]]
-    constituents: dict[int, Float[Tensor, "n parts channels patch patch"]]
+    resized: dict[int, Float[Tensor, "_ channels patch patch"]]
+    constituents: dict[int, Float[Tensor, "_ _ channels patch patch"]]
 
 
 def group_patches(
     image: Float[Tensor, "batch channels height width"],
-    masks: Mapping[int, Bool[Tensor, "batch rows columns"]],
+    masks: Mapping[int, Bool[Tensor, "batch _ _"]],
     *,
     patch: int,
 ) -> PatchGroups:
@@ -376,7 +377,7 @@ def _chosen(cells: Float[Tensor, "batch rows columns *rest"], mask: Tensor) -> T
 
 
 def flat_layout(
-    masks: Mapping[int, Bool[Tensor, "batch rows columns"]],
+    masks: Mapping[int, Bool[Tensor, "batch _ _"]],
 ) -> tuple[Int64[Tensor, " total"], Int64[Tensor, " batch"]]:
     """All tokens of a batch in a row, as kernels for variable lengths want them.
 
@@ -410,8 +411,8 @@ class QuadtreePatching(nn.Module):
         method: str = "entropy",
         aggregate: str = "mean",
         bins: int = 512,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
         dim = proj.out_channels
@@ -599,8 +600,8 @@ def plug(
     method: str = "entropy",
     aggregate: str = "mean",
     bins: int = 512,
-    mean: Sequence[float] = (0.485, 0.456, 0.406),
-    std: Sequence[float] = (0.229, 0.224, 0.225),
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
 ) -> ViT:
     """Give the host patches of ``scales`` sizes: its own, twice that, four times that, ...
 

@@ -64,7 +64,7 @@ from torch import Tensor, nn
 
 from ..errors import PolypatchError, suggest
 from ..hosts import ViT
-from ..nn import Attention, GridPatching, LayerScale, Mixed
+from ..nn import Attention, GridPatching, LayerScale, Mixed, init_parts
 from ..tokens import Tokens, raster_geometry
 
 __all__ = [
@@ -112,7 +112,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def shifted_copies(
     x: Float[Tensor, "batch channels height width"], shift: int, directions: str = "diagonal"
-) -> Float[Tensor, "batch copies*channels height width"]:
+) -> Float[Tensor, "batch copied_channels height width"]:
     """The map and its moved copies behind each other, zeros coming in from outside."""
     height, width = x.shape[-2:]
     padded = F.pad(x, (shift, shift, shift, shift))
@@ -445,14 +445,12 @@ def _initialise(model: nn.Module, name: str) -> None:
     Head mixing starts normal with std 1, layer scale by the block's number, temperatures at the
     usual √head_dim, norms at 1 and 0.
     """
-    for module in model.modules():
-        if module is not model and callable(getattr(module, "init_weights", None)):
-            module.init_weights()  # type: ignore[operator]
-        elif isinstance(module, LayerScale):
-            nn.init.constant_(module.gamma, module.init)
+    init_parts(model)
     glorot = name in ("vit", "cait", "pit")
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, LayerScale):
+            nn.init.constant_(module.gamma, module.init)
+        elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, nn.Linear | nn.Conv2d):
             if name == "swin":

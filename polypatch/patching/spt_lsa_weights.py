@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import PolypatchError, suggest
 from ..hosts.layouts import rename
-from ..nn import GridPatching
+from ..nn import GridPatching, load_exactly
 from .spt_lsa_networks import cait, t2t, vit
 from .spt_lsa_pyramids import pit, swin
 
@@ -535,10 +535,10 @@ def _translated(
     return ours, unknown
 
 
-def _fitted(
+def _filled(
     config: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
-    """The network, its weights by our names, and the full configuration."""
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with these weights, and its full configuration."""
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     name, full = _arguments(config, shapes)
     network, read_numbers, keys, _ = _READERS[name]
@@ -547,36 +547,17 @@ def _fitted(
     table = keys(len(numbers.get("depths", ())))
     conv = isinstance(getattr(model, "patching", None), GridPatching)
     ours, unknown = _translated(state, table, numbers, conv)
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in ours.items()}
     theirs = {value: key for key, value in table.items()}
-    theirs |= {"position.table": theirs[_POSITIONS], "prefix.position": theirs[_POSITIONS]}
-
-    def named(keys: set[str]) -> str:
-        """By the authors' names, where there is one."""
-        found = [next(iter(rename({key: key}, theirs)[0]), key) for key in sorted(keys)]
-        return ", ".join(found[:8]) + (", …" if len(found) > 8 else "")
-
-    said = []
-    if unknown:
-        said.append(f"unknown keys {', '.join(unknown[:8])}{', …' if len(unknown) > 8 else ''}")
-    if missing := set(wanted) - set(given):
-        said.append(f"missing keys {named(missing)}")
-    if extra := set(given) - set(wanted):
-        said.append(f"unexpected keys {named(extra)}")
-    if wrong := [key for key in wanted if key in given and wanted[key] != given[key]]:
-        shown = [f"{named({key})}: {given[key]} for {wanted[key]}" for key in wrong[:8]]
-        said.append(f"shapes {', '.join(shown)}")
-    if said:
-        raise PolypatchError(f"these weights don't fit {name} so configured: {'; '.join(said)}")
-    return model, ours, {"cls": name, **full}
+    told, _ = rename({key: key for key in (*model.state_dict(), *ours)}, theirs)
+    names = {our_name: key for key, our_name in told.items()}
+    names |= {"position.table": theirs[_POSITIONS], "prefix.position": theirs[_POSITIONS]}
+    load_exactly(model, ours, what=f"{name} so configured", names=names, unknown=unknown)
+    return model, {"cls": name, **full}
 
 
 def read(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     """See :func:`polypatch.patching.spt_lsa.from_official`."""
-    model, ours, _ = _fitted(config, state)
-    model.load_state_dict(ours)
-    return model.eval()
+    return _filled(config, state)[0].eval()
 
 
 def recognise_network(shapes: Shapes) -> dict[str, Any] | None:
@@ -586,7 +567,6 @@ def recognise_network(shapes: Shapes) -> dict[str, Any] | None:
     with torch.device("meta"):
         state = {key: torch.empty(shape) for key, shape in shapes.items()}
         try:
-            _, _, full = _fitted({}, state)
+            return _filled({}, state)[1]
         except PolypatchError:
             return None
-    return full

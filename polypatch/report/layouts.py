@@ -95,11 +95,11 @@ def draw_layouts(
                 raise PolypatchError(f"{name} on {path}: {error}") from error
             count.append(int(tokens.counts[0]) - tokens.prefix)
             drawn = tokens.draw(photo, fill=0.6, scale=scale)
-            cells.append((f"{name}: {count[-1]} tokens", drawn))
+            cells.append((f"{name}\n{count[-1]} tokens", drawn))
         counts.append(count)
         rows += [cells[k : k + columns] for k in range(0, len(cells), columns)]
     width = 3.2
-    heights = [width * row[0][1].shape[-2] / row[0][1].shape[-1] + 0.28 for row in rows]
+    heights = [width * row[0][1].shape[-2] / row[0][1].shape[-1] + 0.42 for row in rows]
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
         figure = Figure(figsize=(width * columns, sum(heights)), layout="constrained")
         grid = figure.subplots(

@@ -71,10 +71,45 @@ def test_unknown_and_missing_keys_are_named():
     with pytest.raises(PolypatchError, match=r"blocks\.0\.extra"):
         from_official({}, {**state, "blocks.0.extra.weight": torch.zeros(1)})
     less = {k: v for k, v in state.items() if k != "blocks.0.norm2.bias"}
-    with pytest.raises(PolypatchError, match=r"lacks blocks\.0\.norm2\.bias"):
+    with pytest.raises(PolypatchError, match=r"missing keys blocks\.0\.norm2\.bias"):
         from_official({}, less)
     with pytest.raises(PolypatchError, match="unknown arguments"):
         from_official({"embed_dims": 3}, state)
+
+
+def test_incomplete_and_contradicting_weights_get_a_sentence():
+    model = assemble_vit(
+        dim=64, depth=2, heads=1, hidden=96, patch=4, grid=(2, 2), classes=3, prefix=1, positioned=1
+    )
+    state = to_official(model)
+    for lost in ("patch_embed.proj.weight", "blocks.0.mlp.fc2.weight"):
+        with pytest.raises(PolypatchError, match="missing keys"):
+            from_official({}, {k: v for k, v in state.items() if k != lost})
+    with pytest.raises(PolypatchError, match="two keys for one weight"):
+        from_official({}, {**state, "blocks.0.mlp.w12.weight": state["blocks.0.mlp.fc1.weight"]})
+    for config, said in [
+        ({"embed_dim": 999}, "embed_dim=999 contradicts the weights, which have 64"),
+        ({"depth": 7}, "depth=7 contradicts"),
+    ]:
+        with pytest.raises(PolypatchError, match=said):
+            from_official(config, state)
+
+
+def test_transformers_words_and_parts_are_checked():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        image_size=16, patch_size=8, hidden_size=64, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=96,
+    )  # fmt: skip
+    state = dict(transformers.ViTModel(config, add_pooling_layer=False).state_dict())
+    assert from_official({"num_attention_heads": 1}, state) is not None
+    with pytest.raises(PolypatchError, match="unknown arguments of a vision model: hiden_size"):
+        from_official({"hiden_size": 64}, state)
+    less = {k: v for k, v in state.items() if "k_proj.weight" not in k and "key.weight" not in k}
+    with pytest.raises(PolypatchError, match="lacks its part k"):
+        from_official({}, less)
+    strange = {**shapes(state), "layers.0.attention.gate.weight": (1,)}
+    assert recognise(strange) is None
 
 
 def test_other_networks_are_not_taken_for_a_vit():

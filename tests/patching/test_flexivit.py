@@ -321,18 +321,15 @@ def test_distillation_hook() -> None:
     hook = student.hooks[-1]
     targets = torch.eye(5)[:2]
     assert torch.equal(hook.targets(student, targets), targets * 0.25)
-    assert hook.loss(student) is None  # nothing was seen yet
     image = torch.randn(2, 3, 32, 32)
     logits = student.train()(image)
     large = F.interpolate(image, size=(48, 48), mode="bilinear", antialias=True)
-    loss = hook.loss(student)
+    loss = hook.loss(student, image, logits)
     torch.testing.assert_close(loss, 0.75 * distillation_loss(logits, teacher(large)))
     loss.backward()
     assert student.patching.proj.weight.grad.any()
     assert all(p.grad is None for p in teacher.parameters())
     assert not any("teacher" in name for name in student.state_dict())
-    student.eval()(image)
-    assert hook.loss(student) is None
     with pytest.raises(PolypatchError, match="share"):
         distill(student, teacher, share=2)
 
@@ -372,7 +369,7 @@ def test_foreign_and_broken_weights_are_named() -> None:
     state = to_official(model)
     with pytest.raises(PolypatchError, match="keys that no FlexiViT has: extra"):
         from_official({}, state | {"extra": torch.zeros(1)})
-    with pytest.raises(PolypatchError, match=r"lacks head\.bias"):
+    with pytest.raises(PolypatchError, match=r"missing keys head\.bias"):
         from_official({}, {n: v for n, v in state.items() if n != "head.bias"})
     with pytest.raises(PolypatchError, match="unknown arguments of a FlexiViT: widht"):
         from_official({"widht": 3}, state)
@@ -410,3 +407,12 @@ def test_a_variant_by_name() -> None:
     with_head = assemble(dict(variant="mu", num_classes=3))
     init_weights(with_head, head_zeroinit=False)
     assert with_head.head.weight.any()
+
+
+def test_sizes_seen_in_inference_mode_can_be_trained_with() -> None:
+    host = small_host()
+    with torch.inference_mode():
+        set_patch(host, 7)
+        host(torch.randn(1, 3, 35, 35))
+    host.train()(torch.randn(1, 3, 35, 35)).sum().backward()
+    assert host.patching.proj.weight.grad.any()

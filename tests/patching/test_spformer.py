@@ -23,6 +23,7 @@ from polypatch.patching.spformer import (
     update,
     update_weights,
 )
+from polypatch.patching.spformer_network import Variant, assemble
 from tests.parity.goldens import find_cases
 
 SPEC = "vit-nano+spformer"
@@ -277,8 +278,8 @@ def test_published_initialisation():
 
 
 def tiny(**options):
-    variant = spformer.Variant(stem=(spformer.StemLayer(8, 4, 4),), dim=24, heads=3, depths=(1, 1))
-    model = spformer.assemble(variant, classes=5, grid=(2, 3), **options)
+    variant = Variant(stem=(spformer.StemLayer(8, 4, 4),), dim=24, heads=3, depths=(1, 1))
+    model = assemble(variant, classes=5, grid=(2, 3), **options)
     model.init_weights()
     return model.eval()
 

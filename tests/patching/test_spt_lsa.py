@@ -680,7 +680,7 @@ def test_weights_are_read_and_recognised(spt, lsa):
 
 def test_weights_that_do_not_fit_are_named():
     config, state = official_vit(spt=True, lsa=True)
-    with pytest.raises(PolypatchError, match=r"unknown keys stem\.weight"):
+    with pytest.raises(PolypatchError, match=r"unexpected keys stem\.weight"):
         from_official(config, state | {"stem.weight": torch.zeros(3)})
     with pytest.raises(PolypatchError, match=r"missing keys transformer\.layers\.0\.0\.fn\.scale"):
         from_official(config, {n: v for n, v in state.items() if not n.endswith("scale")})

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from polypatch.patching import dart
+from polypatch.patching.dart_networks import assemble
 
 MODULES = {"Conv2d", "AvgPool2d", "MaxPool2d", "BatchNorm2d", "ReLU", "GELU", "SiLU", "Identity"}
 
@@ -84,7 +85,7 @@ def network(name, config):
     if "embed_dim" not in config:
         return score_network(name)
     cells = config["img_size"] // (32 if config["high_res"] else 16)
-    return dart._assemble(
+    return assemble(
         dim=config["embed_dim"],
         depth=config["depth"],
         heads=config["num_heads"],

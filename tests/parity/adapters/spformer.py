@@ -1,6 +1,7 @@
 import torch
 
 from polypatch.patching import spformer
+from polypatch.patching.spformer_weights import assemble_official
 
 
 def run(case):
@@ -51,5 +52,5 @@ def _layer(case):
 
 def count(name, config):
     with torch.device("meta"):
-        model = spformer.assemble_official(config)
+        model = assemble_official(config)
     return sum(p.numel() for p in model.parameters())
