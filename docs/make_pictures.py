@@ -1,8 +1,8 @@
 """Writes the pictures of docs/papers.md and the README into docs/pictures/.
 
-    polypatch train "vit-nano(patch=8)+dart(tokens=96)" --resolution 96 --budget 400steps --batch 32 --lr 0.002
-    polypatch train "vit-nano(patch=8)+spformer" --resolution 96 --budget 400steps --batch 32 --lr 0.002
-    python docs/make_pictures.py runs
+polypatch train "vit-nano(patch=8)+dart(tokens=96)" --resolution 96 --budget 400steps --batch 32 --lr 0.002
+polypatch train "vit-nano(patch=8)+spformer" --resolution 96 --budget 400steps --batch 32 --lr 0.002
+python docs/make_pictures.py runs
 """  # noqa: E501
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -52,6 +53,10 @@ def main() -> None:
     spt_lsa(photo)
     dual_patchnorm()
     photo_file.unlink()
+    for path in HERE.glob("*.png"):  # a repository keeps every version: make them small
+        with Image.open(path) as picture:
+            small_one = picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT)
+        small_one.save(path, optimize=True)
 
 
 def strip(titles: list[str], pictures: list[torch.Tensor], path: Path) -> None:
@@ -83,9 +88,8 @@ def elastic_vit(photo: torch.Tensor) -> None:
         "vit-nano(patch=8)+elastic-vit", classes=0, resolution=128, seed=0
     ).eval()
     patching = model.patching
-    boxes = RandomSampler(count=160, low=8, high=24).boxes(
-        photo, generator=torch.Generator().manual_seed(0)
-    )
+    sampler = RandomSampler(count=160, smallest=8, largest=24)
+    boxes = sampler((128, 128), 1, np.random.default_rng(0)).boxes
     drawn = patching.sample(normalise(photo), boxes)
     grid = model.tokens(normalise(photo))
     strip(

@@ -90,7 +90,7 @@ def catalogue_text() -> str:
         lines += ["```", *calls.lines, "```", ""]
         picture = _DOCS / "pictures" / f"{p.slug}.png"
         if picture.exists():
-            lines += [f"![how {p.slug} cuts a photograph](pictures/{p.slug}.png)", ""]
+            lines += [f"![{p.slug}](pictures/{p.slug}.png)", ""]
     lines += ["## All papers, by room", ""]
     for room in ROOMS:
         members = [p for p in papers(peers=True) if p.room == room]
