@@ -31,7 +31,17 @@ from .training.cost import Cost, measure
 from .training.recipe import Recipe
 from .training.runs import Run, RunConfig
 
-__all__ = ["DEFAULT_SPECS", "Candidate", "Comparison", "Job", "compare", "recommend", "run_jobs"]
+__all__ = [
+    "DEFAULT_SPECS",
+    "Candidate",
+    "Comparison",
+    "Job",
+    "View",
+    "compare",
+    "recommend",
+    "run_jobs",
+    "trained",
+]
 
 #: Without arguments: the grid at two patch sizes, the adaptive tokenizers, token merging.
 DEFAULT_SPECS = (
@@ -40,19 +50,28 @@ DEFAULT_SPECS = (
     "vit-nano(patch=4)+dart(tokens=32)",
     "vit-nano(patch=8)+spformer",
     "vit-nano(patch=4)+elastic-vit",
-    "vit-nano(patch=4)+flexivit",
     "vit-nano(patch=4)+quadtree",
     "vit-nano(patch=4)+tome",
 )
 
 
+#: What is made of a source before it is trained on: fewer samples, moved pixels. A function of a
+#: module, as workers get it by name; the source that it gives has a name and a fingerprint of its
+#: own, which keep its runs apart from others.
+View = Callable[[ImageData], ImageData]
+
+
 @dataclass(frozen=True)
 class Job:
-    """One run to make, and where."""
+    """One run to make, and where.
+
+    With a ``view``, the run's data is what the view makes of ``source``."""
 
     config: RunConfig
     root: Path
     device: str | None = None
+    source: str = ""
+    view: View | None = None
 
     @property
     def run(self) -> Run:
@@ -113,7 +132,7 @@ def compare(
     specs: Sequence[str] = DEFAULT_SPECS,
     *,
     data: str = "bundled:photos",
-    budget: str = "200steps",
+    budget: str = "130steps",
     seeds: int = 3,
     resolution: int | None = None,
     recipe: Recipe | None = None,
@@ -144,7 +163,7 @@ def compare(
     if seeds < 1:
         raise PolypatchError(f"a comparison needs at least one seed, got seeds={seeds}")
     Budget.parse(budget)
-    recipe = recipe or Recipe()
+    recipe = recipe or Recipe(lr=2e-3)
     canonical = list(dict.fromkeys(str(parse(text)) for text in specs))
     if not canonical:
         raise PolypatchError("there is nothing to compare; name at least one model: vit-nano+dart")
@@ -209,8 +228,9 @@ def trained(run: Run, *, device: str | None = None) -> torch.nn.Module:
 def recommend(candidates: Sequence[Candidate]) -> str:
     """Which one to take, in words that follow from the numbers.
 
-    The most accurate candidate is compared with each cheaper one by the interval of the
-    difference over seeds; the cheapest that can't be told from the best is what to take.
+    The most accurate candidate is compared with each other by the interval of the difference over
+    seeds. What to take is the cheapest that can't be told from the best, if by that interval it
+    loses 10 points at the very most.
     """
     if len(candidates) == 1:
         only = candidates[0]
@@ -227,14 +247,16 @@ def recommend(candidates: Sequence[Candidate]) -> str:
         )
     gaps = {c.spec: difference(best_scores, c.per_seed("accuracy")) for c in ranked[1:]}
     level = [best, *(c for c in ranked[1:] if not gaps[c.spec].clear)]
-    noise = max((gaps[c.spec].half for c in level[1:]), default=0.0)
-    if noise > 0.05:  # "can't be told apart" says little where nothing could be told apart
+    # "Can't be told apart" says little of a candidate that may be far worse.
+    close = [c for c in level[1:] if gaps[c.spec].high <= 0.1]
+    if level[1:] and not close:
+        noise = max(gaps[c.spec].half for c in level[1:])
         return (
             f"Too few or too short runs to choose: {best.spec} scored highest "
             f"({_percent(best.accuracy)}), but differences of up to {100 * noise:.0f} points are "
             "noise here; use more --seeds or a larger --budget."
         )
-    choice = min(level, key=lambda c: c.cost.gflops)
+    choice = min([best, *close], key=lambda c: c.cost.gflops)
     if choice is not best:
         gap = gaps[choice.spec]
         saving = best.cost.gflops / max(choice.cost.gflops, 1e-12)
@@ -244,8 +266,8 @@ def recommend(candidates: Sequence[Candidate]) -> str:
             f"noise (± {100 * gap.half:.1f})."
         )
     text = f"Take {best.spec}: it has the highest accuracy ({_percent(best.accuracy)})"
-    if len(level) > 1:
-        others = ", ".join(c.spec for c in level[1:])
+    if close:
+        others = ", ".join(c.spec for c in close)
         return f"{text}, and it is the cheapest of those within the noise of it ({others})."
     runner = ranked[1]
     gap = gaps[runner.spec]
@@ -310,16 +332,18 @@ def run_job(job: Job, progress: Callable[..., None] | None = None) -> dict[str, 
     """Train one run to its end (or find it finished); its result."""
     from .training.loop import train
 
-    data = _data(job.config)
+    data = _data(job)
     run = train(job.config, data, root=job.root, device=job.device, progress=progress)
     assert run.result is not None
     return run.result
 
 
-def _data(config: RunConfig) -> ImageData:
+def _data(job: Job) -> ImageData:
+    config, name = job.config, job.source or job.config.data
     # Only bundled sources depend on the seed; a folder need not be decoded again for each.
-    seed = config.seed if config.data.startswith("bundled:") else 0
-    return _load(config.data, config.resolution, seed)
+    seed = config.seed if name.startswith("bundled:") else 0
+    data = _load(name, config.resolution, seed)
+    return data if job.view is None else job.view(data)
 
 
 @lru_cache(maxsize=4)

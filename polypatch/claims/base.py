@@ -1,8 +1,8 @@
 """What a claim is, how it is tested, and how a verdict is reached.
 
-A claim's file defines ``CLAIM``: the sentence, the metric, the margin that was set before looking,
-and a function that measures the metric once per seed. The verdict follows from the 95 % interval
-of the metric over seeds alone:
+A claim's file defines ``CLAIM``: the sentence, the metric, margin and number of seeds that were set
+before looking, and a function that measures the metric once per seed. The verdict follows from the
+95 % interval of the metric over seeds alone:
 
 * *holds*: the whole interval lies above the margin;
 * *does not hold here*: the whole interval lies below it;
@@ -21,15 +21,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..compare import Job, run_jobs, trained
+from ..compare import Job, View, run_jobs, trained
 from ..data import ImageData, load_images
 from ..errors import PolypatchError, suggest
+from ..hosts import ViT
 from ..report.statistics import Interval, interval
 from ..spec import parse
 from ..training.recipe import Recipe
 from ..training.runs import Run, RunConfig
 
-__all__ = ["Claim", "Evidence", "Lab", "Outcome", "claim_of", "claim_slugs", "test", "verdict"]
+__all__ = [
+    "Claim",
+    "Evidence",
+    "Lab",
+    "Outcome",
+    "View",
+    "claim_of",
+    "claim_slugs",
+    "test",
+    "verdict",
+]
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,7 @@ class Claim:
         metric: what is measured, with unit.
         margin: the metric must be above this; set before looking.
         experiment: (lab) → evidence.
+        seeds: how many the verdict rests on; more where runs are cheap and differences small.
     """
 
     slug: str
@@ -61,6 +73,7 @@ class Claim:
     metric: str
     margin: float
     experiment: Callable[[Lab], Evidence]
+    seeds: int = 3
 
 
 @dataclass(frozen=True)
@@ -90,14 +103,18 @@ class Lab:
         resolution: int = 32,
         budget: str = "200steps",
         recipe: Recipe | None = None,
+        view: View | None = None,
     ) -> dict[str, tuple[Run, ...]]:
-        """Runs of each spec, one per seed, trained under the same budget and data order."""
+        """Runs of each spec, one per seed, trained under the same budget and data order; on what
+        ``view`` makes of the data, if there is one. Augmentation comes behind the view."""
         source = load_images(data, resolution=resolution)
+        if view is not None:
+            source = view(source)
         work = [
             Job(
                 RunConfig(
                     spec=str(parse(spec)),
-                    data=data,
+                    data=data if view is None else source.name,
                     data_fingerprint=source.fingerprint,
                     resolution=resolution,
                     classes=len(source.classes),
@@ -107,6 +124,8 @@ class Lab:
                 ),
                 self.root,
                 self.device,
+                source=data,
+                view=view,
             )
             for seed in range(self.seeds)
             for spec in specs
@@ -123,13 +142,15 @@ class Lab:
         return [100 * float((run.result or {})["accuracy"]) for run in runs]
 
     @staticmethod
-    def model(run: Run):
+    def host(run: Run) -> ViT:
         """The trained model of a run, in eval mode."""
-        return trained(run)
+        model = trained(run)
+        assert isinstance(model, ViT)
+        return model
 
     @staticmethod
     def data(run: Run) -> ImageData:
-        """What a run was trained on."""
+        """What a run was trained on, where that was no view."""
         config = run.config
         return load_images(config.data, resolution=config.resolution, seed=config.seed)
 
@@ -150,9 +171,13 @@ def verdict(values: Sequence[float], margin: float) -> str:
 
 
 def claim_slugs() -> list[str]:
-    """Papers that have a claim to test."""
+    """Papers that have a claim to test: those whose file here defines one (none is imported)."""
     files = Path(__file__).parent.glob("*.py")
-    return sorted(f.stem.replace("_", "-") for f in files if f.stem not in ("__init__", "base"))
+    return sorted(
+        file.stem.replace("_", "-")
+        for file in files
+        if "\nCLAIM = " in file.read_text(encoding="utf-8")
+    )
 
 
 def claim_of(slug: str) -> Claim:

@@ -15,7 +15,9 @@ def command(
     slug: Annotated[
         str | None, typer.Argument(help="A paper; without: list the claims that can be tested.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="At least 3.")] = 3,
+    seeds: Annotated[
+        int | None, typer.Option(help="At least 3; default: what the claim was set up with.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Page to write to; default: docs/claims.md or claims.md.")
     ] = None,
@@ -39,9 +41,10 @@ def command(
     from .compare import _done
 
     check_device(device)
+    claim = claim_of(slug)
+    seeds = claim.seeds if seeds is None else seeds
     if seeds < 3:
         raise PolypatchError(f"a verdict needs at least 3 seeds, got {seeds}")
-    claim = claim_of(slug)
     terminal.print(f"Claim: {claim.says}", markup=False, highlight=False)
     columns = (*Progress.get_default_columns(), TimeElapsedColumn(), TextColumn("{task.fields[n]}"))
     with Progress(*columns, console=terminal) as bars:

@@ -44,7 +44,7 @@ def command(
         ),
     ] = None,
     data: Data = "bundled:photos",
-    budget: BudgetText = "200steps",
+    budget: BudgetText = "130steps",
     seeds: Annotated[int, typer.Option(help="Runs of each model, with different seeds.")] = 3,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
     runs: Runs = Path("runs"),
@@ -57,7 +57,7 @@ def command(
         str | None, typer.Option(help="Address of a Ray cluster to train on; local: start one.")
     ] = None,
     batch: Batch = 64,
-    lr: Lr = 1e-3,
+    lr: Lr = 2e-3,
     augment: Augment = "light",
     mixup: Mixup = 0.0,
     cutmix: CutMix = 0.0,

@@ -1,6 +1,6 @@
 """What adaptive tokenizers cost beside the plain grid at the same number of tokens, on photographs.
 
-    OMP_WAIT_POLICY=passive python benchmarks/tokenizers.py [threads]
+    OMP_WAIT_POLICY=passive python benchmarks/cutting.py [threads]
 
 Each model is timed in turn with a plain ViT of the same width and depth that runs on as many
 tokens (the first ones of a grid of 16-pixel patches). Besides, for tokenizers whose samples have
@@ -10,6 +10,7 @@ unequal token counts: which part of the slots is padding.
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 from pairs import paired  # first: it sets OMP_WAIT_POLICY
@@ -44,6 +45,12 @@ def photos(count: int) -> torch.Tensor:
     return (torch.stack(images) - mean[:, None, None]) / std[:, None, None]
 
 
+def plain(grid: torch.nn.Module, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The grid's model on some of its tokens."""
+    cut = grid.position(grid.patching(images)).keep(index)
+    return grid.head(grid.pooling(grid.encode(grid.prefix(cut))))
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         torch.set_num_threads(int(sys.argv[1]))
@@ -60,11 +67,11 @@ def main() -> None:
                 # A tokenizer may give more tokens than the grid has: go round.
                 index = (torch.arange(mean) % 196).expand(batch, -1)
 
-                def plain() -> torch.Tensor:
-                    cut = grid.position(grid.patching(images)).keep(index)
-                    return grid.head(grid.pooling(grid.encode(grid.prefix(cut))))
-
-                pair = paired(lambda: model(images), plain, rounds=15 if batch == 1 else 7)
+                pair = paired(
+                    partial(model, images),
+                    partial(plain, grid, images, index),
+                    rounds=15 if batch == 1 else 7,
+                )
             waste = ""
             if tokens.mask is not None and batch > 1:
                 groups = length_buckets(tokens.counts)
