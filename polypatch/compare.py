@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -318,7 +319,7 @@ def run_jobs(
         jobs,
         mp_context=get_context("spawn"),
         initializer=_start_worker,
-        initargs=(max(1, cores // jobs),),
+        initargs=(max(1, cores // jobs), os.getpid()),
     ) as pool:
         futures = [pool.submit(run_job, job) for job in left]
         try:
@@ -351,8 +352,17 @@ def _load(data: str, resolution: int, seed: int) -> ImageData:
     return load_images(data, resolution=resolution, seed=seed)
 
 
-def _start_worker(threads: int) -> None:
+def _start_worker(threads: int, parent: int) -> None:
     torch.set_num_threads(threads)
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    """End this worker when the process that wants its results is gone. A pool's workers wait for
+    work forever if their parent is killed; what they were at goes on from its checkpoint."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _cores() -> int:

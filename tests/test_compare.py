@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,3 +115,29 @@ def test_a_job_that_fails_raises_its_error(tmp_path):
     )
     with pytest.raises(PolypatchError, match="the loss is"):
         run_jobs([Job(config, tmp_path, "cpu")], jobs=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_leave_with_a_killed_parent(tmp_path, sign):
+    command = [
+        sys.executable, "-m", "polypatch", "compare", "vit-nano(patch=4)", "vit-nano(patch=2)",
+        "--budget", "100000steps", "--seeds", "1", "--jobs", "2", "--device", "cpu",
+        "--runs", str(tmp_path),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while len(list(tmp_path.glob("*/metrics.jsonl"))) < 2:  # both workers train
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    finally:
+        process.send_signal(sign)
+        process.wait()
+    time.sleep(3)
+    sizes = [path.stat().st_size for path in tmp_path.glob("*/metrics.jsonl")]
+    time.sleep(3)
+    assert sizes == [path.stat().st_size for path in tmp_path.glob("*/metrics.jsonl")]
