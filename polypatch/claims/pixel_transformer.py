@@ -43,7 +43,7 @@ from .evaluation import arm, differences, spread
 RESOLUTION = 8
 PATCHES = "vit-nano(patch=2)"
 PIXELS = "vit-nano(patch=2)+pixel-transformer"
-STEPS = 200
+STEPS = 160
 
 
 @dataclass(frozen=True, eq=False)

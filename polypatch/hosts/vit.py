@@ -24,7 +24,6 @@ padding costs less than a tenth (:func:`polypatch.tokens.length_buckets`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -40,7 +39,10 @@ from ..nn import (
     ClassAndMean,
     ClassToken,
     DropPath,
+    FeatureInfo,
+    FeatureMap,
     GridPatching,
+    InputRequirements,
     LayerScale,
     LearnedPosition,
     MeanPool,
@@ -96,22 +98,6 @@ SIZES: dict[str, Size] = {
     "huge": Size(1280, 32, 16, 5120, patch=14),
     "giant": Size(1408, 40, 16, 6144, patch=14),
 }
-
-
-@dataclass(frozen=True)
-class InputRequirements:
-    """What sizes a network takes; callers pad and crop by it."""
-
-    multiple_of: int = 1
-    minimum: int = 1
-    square: bool = False
-
-
-class FeatureMap(NamedTuple):
-    """A dense map for dense heads, and how many pixels lie between its cells."""
-
-    map: Float[Tensor, "batch dim height width"]
-    stride: int
 
 
 class Context(NamedTuple):
@@ -350,6 +336,11 @@ class ViT(nn.Module):
     def input_requirements(self) -> InputRequirements:
         needs = getattr(self.patching, "input_requirements", None)
         return needs or InputRequirements(minimum=self.patch)
+
+    @property
+    def feature_info(self) -> tuple[FeatureInfo, ...]:
+        """Of the maps that :meth:`features` gives by default."""
+        return (FeatureInfo(self.dim, self.patch),) * min(4, len(self.blocks))
 
     def reset_head(self, classes: int) -> None:
         """A fresh classifier for ``classes`` classes; 0: none, the pooled features come out."""

@@ -3,7 +3,10 @@
 A layer stands here because at least three files use it; what belongs to one paper is in its file.
 """
 
+from . import fresh
 from .attention import Attention, Mixed
+from .convolutions import ConvNorm, folded
+from .keymaps import KeyMap, Rule, pointwise
 from .layers import (
     DropPath,
     LayerNorm2d,
@@ -31,17 +34,32 @@ from .positions import (
     SinCosPosition,
     rotate,
 )
+from .surface import (
+    Backbone,
+    FeatureInfo,
+    FeatureMap,
+    InputRequirements,
+    Preprocessing,
+    pad_to,
+)
 from .weights import check_fit, init_parts, load_exactly
+from .windows import merge_windows, pad_to_windows, windows_of
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Attention",
     "AttentionPool",
+    "Backbone",
     "ClassAndMean",
     "ClassToken",
+    "ConvNorm",
     "DropPath",
+    "FeatureInfo",
+    "FeatureMap",
     "GridPatching",
+    "InputRequirements",
+    "KeyMap",
     "LayerNorm2d",
     "LayerScale",
     "LearnedPosition",
@@ -50,17 +68,26 @@ __all__ = [
     "Mlp",
     "NoPosition",
     "Position",
+    "Preprocessing",
     "RotaryPosition",
+    "Rule",
     "SinCosPosition",
     "SwiGlu",
     "check_fit",
+    "folded",
+    "fresh",
     "init_parts",
     "init_transformer_weights",
     "linear_of",
     "load_exactly",
+    "merge_windows",
     "normalise",
+    "pad_to",
+    "pad_to_windows",
     "patchify",
+    "pointwise",
     "quick_gelu",
     "rotate",
     "unpatchify",
+    "windows_of",
 ]

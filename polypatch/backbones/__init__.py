@@ -1,0 +1,1 @@
+"""Complete encoders; one file a paper."""

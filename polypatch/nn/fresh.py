@@ -1,0 +1,66 @@
+"""Element-wise steps that reuse memory when no gradient is recorded.
+
+The argument called ``fresh`` must be a tensor that nobody else reads any more, such as the output
+of the layer before; without gradients the result takes its place, else everything is as usual.
+Why: a large result costs page faults, which on a CPU take several times as long as the arithmetic
+(a GELU over 50 MB: 17 ms, in place 2 ms).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["add", "add_scaled", "affine", "affine_of", "gelu", "relu", "silu"]
+
+
+def gelu(fresh: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Exact GELU."""
+    return F.gelu(fresh) if torch.is_grad_enabled() else torch.ops.aten.gelu_(fresh)
+
+
+def relu(fresh: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    return F.relu(fresh, inplace=not torch.is_grad_enabled())
+
+
+def silu(fresh: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    return F.silu(fresh, inplace=not torch.is_grad_enabled())
+
+
+def add(x: Float[Tensor, "*shape"], fresh: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """x + fresh. Mixed dtypes (a residual beside an autocast branch) add as usual."""
+    if torch.is_grad_enabled() or x.dtype != fresh.dtype:
+        return x + fresh
+    return fresh.add_(x)
+
+
+def add_scaled(
+    x: Float[Tensor, "*shape"], fresh: Float[Tensor, "*shape"], scale: Float[Tensor, "*#shape"]
+) -> Float[Tensor, "*shape"]:
+    """x + fresh · scale, a layer-scaled residual."""
+    if torch.is_grad_enabled() or not x.dtype == fresh.dtype == scale.dtype:
+        return x + fresh * scale
+    return torch.addcmul(x, fresh, scale, out=fresh)
+
+
+def affine(
+    fresh: Float[Tensor, "*shape"],
+    scale: Float[Tensor, "*#shape"],
+    shift: Float[Tensor, "*#shape"],
+) -> Float[Tensor, "*shape"]:
+    """fresh · scale + shift."""
+    if torch.is_grad_enabled() or not scale.dtype == fresh.dtype == shift.dtype:
+        return fresh * scale + shift
+    return torch.addcmul(shift, fresh, scale, out=fresh)
+
+
+def affine_of(
+    norm: nn.BatchNorm2d,
+) -> tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]]:
+    """Scale and shift that a batch norm in eval mode amounts to."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
