@@ -85,6 +85,8 @@ class Paper:
     """Repositories of others that hold the method, or parts that it is made of."""
     code_note: str = ""
     """What to expect of ``official`` and ``other_code``, where it is not the whole method."""
+    licence: str = ""
+    """Of the authors' code and published weights, as an SPDX name; "" where they say none."""
     taxonomy: tuple[str, ...]
     """Paths of :data:`TAXONOMY`, the most telling one first."""
     in_survey: bool = False

@@ -24,7 +24,7 @@ LAYERS = [
     {"spec", "checkpoints"},
     {"data"},
     {"training"},
-    {"report", "compare"},
+    {"report", "compare", "inference"},
     {"claims"},
     {"cli", "__main__"},
 ]

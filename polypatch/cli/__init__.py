@@ -7,7 +7,7 @@ import sys
 import typer
 
 from ..errors import PolypatchError
-from . import claim, compare, evaluate, papers, patches, predict, train
+from . import apply, claim, compare, convert, evaluate, inspect, papers, patches, predict, train
 
 __all__ = ["app", "main"]
 
@@ -23,6 +23,9 @@ app.command("compare")(compare.command)
 app.command("train")(train.command)
 app.command("evaluate")(evaluate.command)
 app.command("predict")(predict.command)
+app.command("apply")(apply.command)
+app.command("inspect")(inspect.command)
+app.command("convert")(convert.command)
 app.command("papers")(papers.command)
 app.command("patches")(patches.command)
 app.command("claim")(claim.command)

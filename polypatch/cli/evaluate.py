@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Evaluate a run's model on its test split, or on that of other data."""
     from ..compare import trained
-    from ..data import load_images
+    from ..data import load_images, load_masks
     from ..errors import PolypatchError
     from ..training.evaluate import evaluate
     from ..training.runs import Run
@@ -34,9 +34,8 @@ def command(
         raise PolypatchError(
             f"the run in {run} is not finished; the command that began it goes on with it"
         )
-    source = load_images(
-        data or config.data, resolution=resolution or config.resolution, seed=config.seed
-    )
+    load = load_masks if config.task == "segment" else load_images
+    source = load(data or config.data, resolution=resolution or config.resolution, seed=config.seed)
     if len(source.classes) != config.classes:
         raise PolypatchError(
             f"{data} has {len(source.classes)} classes, the run was trained on {config.classes}"
@@ -48,7 +47,11 @@ def command(
     tokens = "" if outcome.tokens is None else f", {outcome.tokens:.1f} tokens an image"
     if outcome.tokens_spread:
         tokens += f" (± {outcome.tokens_spread:.1f})"
+    overlap = ""
+    if outcome.mean_iou is not None:
+        overlap = f"mean IoU {100 * outcome.mean_iou:.2f} %, pixel "
     print(
-        f"accuracy {100 * outcome.accuracy:.2f} % on {outcome.samples} images of {source.name}, "
+        f"{overlap}accuracy {100 * outcome.accuracy:.2f} % on {outcome.samples} images of "
+        f"{source.name}, "
         f"loss {outcome.loss:.4f}{tokens}"
     )

@@ -87,3 +87,39 @@ def console() -> Any:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file as a whole or not at all, with the folders above it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+def read_config(words: list[str]) -> dict[str, Any]:
+    """``--config num_heads=12`` → what a checkpoint's shapes don't tell, by the authors' names.
+
+    Raises:
+        PolypatchError: no ``name=value``.
+    """
+    import ast
+
+    from ..errors import PolypatchError
+
+    values: dict[str, Any] = {}
+    for word in words:
+        name, sign, text = word.partition("=")
+        if not sign or not name:
+            raise PolypatchError(f"--config takes name=value, such as num_heads=12, got {word!r}")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    return values
+
+
+Config = Annotated[
+    list[str],
+    typer.Option("--config", help="name=value by the authors' names, where shapes don't tell."),
+]

@@ -13,7 +13,6 @@ from .options import (
     Batch,
     BudgetText,
     CutMix,
-    Data,
     Device,
     Ema,
     Lr,
@@ -29,7 +28,17 @@ from .options import (
 
 def command(
     spec: Annotated[str, typer.Argument(help="The model: vit-tiny(patch=8)+dart, …")],
-    data: Data = "bundled:photos",
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            help="As for compare; to segment: bundled:coins, bundled:cells, bundled:retina, or a "
+            "folder with images/ and masks/. Default: bundled:photos, bundled:coins.",
+        ),
+    ] = "",
+    task: Annotated[
+        str, typer.Option(help="classify, or segment: a light head on the model's dense maps.")
+    ] = "classify",
     budget: BudgetText = "10min",
     seed: Annotated[int, typer.Option(help="Decides weights, order and augmentation.")] = 0,
     runs: Runs = Path("runs"),
@@ -62,14 +71,17 @@ def command(
         terminal.print("Loading …")
     from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
-    from ..data import load_images
+    from ..data import load_images, load_masks
     from ..spec import parse
     from ..training.budget import Budget
     from ..training.loop import train
     from ..training.recipe import Recipe
     from ..training.runs import Run, RunConfig
+    from ..training.tasks import task_of
 
     check_device(device)
+    segment = task_of(task).name == "segment"
+    data = data or ("bundled:coins" if segment else "bundled:photos")
     Budget.parse(budget)
     recipe = Recipe(
         batch=batch,
@@ -87,7 +99,7 @@ def command(
     )
     canonical = str(parse(spec))
     with reading_bar(terminal) as reading:
-        source = load_images(
+        source = (load_masks if segment else load_images)(
             data, resolution=resolution, seed=seed, progress=reading if leader else None
         )
     for note in source.notes if leader else ():
@@ -102,6 +114,7 @@ def command(
         budget=budget,
         recipe=recipe,
         init=start,
+        task=task,
     )
     columns = (
         *Progress.get_default_columns()[:-1],
@@ -109,11 +122,11 @@ def command(
         TextColumn("{task.fields[word]}"),
     )
     with Progress(*columns, console=terminal, disable=not leader) as bars:
-        task = bars.add_task(canonical, total=None, word="starting …")
+        bar = bars.add_task(canonical, total=None, word="starting …")
 
         def show(step: int, total: int, loss: float, step_seconds: float) -> None:
             word = f"step {step}, loss {loss:.3f}, {recipe.batch / step_seconds:.0f} images/s"
-            bars.update(task, completed=step, total=total, word=word)
+            bars.update(bar, completed=step, total=total, word=word)
 
         run: Run = train(
             config,
@@ -125,8 +138,10 @@ def command(
         )
     result = run.result
     if leader and result is not None:
+        overlap = result.get("mean_iou")
         print(
-            f"accuracy {100 * result['accuracy']:.2f} % on {result['samples']} test images, "
+            (f"mean IoU {100 * overlap:.2f} %, pixel " if overlap is not None else "")
+            + f"accuracy {100 * result['accuracy']:.2f} % on {result['samples']} test images, "
             f"loss {result['loss']:.4f}, {result['steps']} steps in {result['seconds']:.0f} s"
         )
         print(f"Run: {run.folder}")

@@ -1,6 +1,8 @@
-"""Readers of labelled images: bundled samples, folders, parquet files, the Hugging Face hub."""
+"""Readers of labelled images: bundled samples, folders, parquet files, the Hugging Face hub; and of
+images with a class for every pixel."""
 
 from .base import ImageData, Split
 from .load import load_images
+from .masks import load_masks
 
-__all__ = ["ImageData", "Split", "load_images"]
+__all__ = ["ImageData", "Split", "load_images", "load_masks"]

@@ -28,9 +28,10 @@ class Split(Protocol):
 
     def read(
         self, indices: Int64[Tensor, " batch"]
-    ) -> tuple[Float[Tensor, "batch 3 height width"], Int64[Tensor, " batch"]]:
-        """RGB images in [0, 1] and their class indices. Indices past ``len(self)`` are further
-        draws where :attr:`ImageData.endless` says so, an ``IndexError`` elsewhere."""
+    ) -> tuple[Float[Tensor, "batch 3 height width"], Int64[Tensor, "batch ..."]]:
+        """RGB images in [0, 1] and their class indices; for the task ``segment`` one for each
+        pixel, (batch, height, width), with -1 where none counts. Indices past ``len(self)`` are
+        further draws where :attr:`ImageData.endless` says so, an ``IndexError`` elsewhere."""
         ...
 
 
@@ -53,3 +54,4 @@ class ImageData:
     endless: bool = False
     flippable: bool = True  # a mirrored image keeps its label (not so for digits)
     notes: tuple[str, ...] = field(default=())
+    task: str = "classify"  # or "segment"

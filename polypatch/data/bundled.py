@@ -34,7 +34,16 @@ from .base import ImageData
 from .resample import resample, triangle_weights
 from .splits import check_indices
 
-__all__ = ["BUNDLED", "Crops", "PhotoCrops", "crop_layout", "load_digits", "load_photos"]
+__all__ = [
+    "BUNDLED",
+    "Crops",
+    "Photo",
+    "PhotoCrops",
+    "crop_layout",
+    "load_digits",
+    "load_photos",
+    "read_photo",
+]
 
 GAP = 8  # source pixels between train and test bands: at least 4 after the largest reduction
 TRAIN_EPOCH = 4096
@@ -248,7 +257,7 @@ class PhotoCrops:
 def load_photos(*, name: str, resolution: int | None, seed: int) -> ImageData:
     """``bundled:photos``: which of 16 photographs a crop comes from; see the module's docstring."""
     resolution = resolution or DEFAULT_RESOLUTION
-    arrays = [_read_photo(photo) for photo in PHOTOS]
+    arrays = [read_photo(photo) for photo in PHOTOS]
     layout = crop_layout([a.shape[:2] for a in arrays], resolution=resolution)
     height, width = (max(sizes) + layout.largest for sizes in zip(*layout.sizes))
     photos = np.zeros((len(arrays), height, width, 3), dtype=np.uint8)
@@ -277,7 +286,12 @@ def load_photos(*, name: str, resolution: int | None, seed: int) -> ImageData:
     )
 
 
-def _read_photo(photo: Photo) -> UInt8[np.ndarray, "height width 3"]:
+def read_photo(photo: Photo) -> UInt8[np.ndarray, "height width 3"]:
+    """The photograph's pixels, reduced and trimmed.
+
+    Raises:
+        PolypatchError: its package is there without it.
+    """
     from importlib.util import find_spec
 
     from PIL import Image

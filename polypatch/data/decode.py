@@ -29,7 +29,7 @@ from ..errors import PolypatchError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["SUFFIXES", "Undecodable", "decode_image", "image_size"]
+__all__ = ["SUFFIXES", "Undecodable", "decode_image", "decode_mask", "decode_whole", "image_size"]
 
 SUFFIXES = frozenset(
     (
@@ -49,21 +49,66 @@ class Undecodable(Exception):
 
 
 def decode_image(
-    source: Source, *, name: str, resolution: int
+    source: Source,
+    *,
+    name: str,
+    resolution: int,
+    crop: float = 1.0,
+    interpolation: str = "bicubic",
 ) -> UInt8[np.ndarray, "3 resolution resolution"]:
     """Decode, turn upright, convert, resize and crop; ``name`` is for messages.
+
+    ``crop`` is the part of the shorter side that is kept (authors evaluate on 0.875 of it and the
+    like); ``interpolation`` is ``"bicubic"``, ``"bilinear"`` or ``"nearest"``.
 
     Raises :class:`Undecodable` where the picture is broken, and :class:`PolypatchError` where
     going on without it would be wrong: no permission to read it, or a decompression bomb.
     """
     with _opened(source, name) as image:
         if image.format == "JPEG":
-            scale = 2 * resolution / min(image.size)
+            scale = 2 * resolution / crop / min(image.size)
             if scale < 1:
                 wanted = (round(image.width * scale), round(image.height * scale))
                 image.draft(None, wanted)  # type: ignore[arg-type]  # None: keep the mode
         image.load()
-        return _square(_rgb(_upright(image)), resolution).transpose(2, 0, 1)
+        upright = _rgb(_upright(image))
+        return _square(upright, resolution, crop, interpolation).transpose(2, 0, 1)
+
+
+def decode_whole(source: Source, *, name: str) -> UInt8[np.ndarray, "3 height width"]:
+    """Decode, turn upright and convert, at the image's own size. Raises as :func:`decode_image`."""
+    with _opened(source, name) as image:
+        image.load()
+        return np.asarray(_rgb(_upright(image))).transpose(2, 0, 1)
+
+
+def decode_mask(
+    source: Source, *, name: str, resolution: int, beside: Source | None = None
+) -> UInt8[np.ndarray, "resolution resolution"]:
+    """Class numbers of a mask, cut and resized as :func:`decode_image` does it, without mixing.
+
+    ``beside``: the image, whose size the mask must have. Raises as :func:`decode_image`, and
+    :class:`PolypatchError` for colours, which don't say which class they stand for.
+    """
+    with _opened(source, name) as mask:
+        mask.load()
+        if mask.mode not in ("L", "P", "1", "I;16", "I"):
+            raise PolypatchError(
+                f"{name} is a colour picture ({mask.mode}); a mask holds class numbers, one "
+                "channel of whole numbers"
+            )
+        if beside is not None and image_size(beside, name=name) != mask.size:
+            raise Undecodable(f"the mask has {mask.size[0]}×{mask.size[1]} pixels, not the image's")
+        values = np.asarray(mask)
+        if values.max(initial=0) > 255:
+            raise PolypatchError(
+                f"{name} has class {values.max()}; 254 is the largest there can be"
+            )
+    side = min(values.shape)
+    top, left = (values.shape[0] - side) // 2, (values.shape[1] - side) // 2
+    places = ((np.arange(resolution) + 0.5) * side / resolution).astype(np.int64)
+    picked = values[top + places[:, None], left + places[None, :]]
+    return np.ascontiguousarray(picked.astype(np.uint8))
 
 
 def image_size(source: Source, *, name: str) -> tuple[int, int]:
@@ -145,17 +190,20 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _square(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "resolution resolution 3"]:
+def _square(
+    image: Image.Image, resolution: int, crop: float, interpolation: str
+) -> UInt8[np.ndarray, "resolution resolution 3"]:
     """The centre of the image; the same as resizing the shorter side and cutting, in one step."""
     from PIL import Image
 
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    side = min(image.size) * crop
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    if crop == 1.0:  # whole pixels, as ever
+        left, top = int(left), int(top)
     box = (left, top, left + side, top + side)
-    if side == resolution:
-        image = image.crop(box) if image.width != image.height else image
+    if side == resolution and crop == 1.0:
+        image = image.crop(box) if image.width != image.height else image  # type: ignore[arg-type]
     else:
-        image = image.resize(
-            (resolution, resolution), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0
-        )
+        way = getattr(Image.Resampling, interpolation.upper())
+        image = image.resize((resolution, resolution), way, box=box, reducing_gap=3.0)
     return np.asarray(image)

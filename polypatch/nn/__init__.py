@@ -6,6 +6,7 @@ A layer stands here because at least three files use it; what belongs to one pap
 from . import fresh
 from .attention import Attention, Mixed
 from .convolutions import ConvNorm, folded
+from .dense import DenseHead, Segmenter
 from .keymaps import KeyMap, Rule, pointwise
 from .layers import (
     DropPath,
@@ -54,6 +55,7 @@ __all__ = [
     "ClassAndMean",
     "ClassToken",
     "ConvNorm",
+    "DenseHead",
     "DropPath",
     "FeatureInfo",
     "FeatureMap",
@@ -71,6 +73,7 @@ __all__ = [
     "Preprocessing",
     "RotaryPosition",
     "Rule",
+    "Segmenter",
     "SinCosPosition",
     "SwiGlu",
     "check_fit",

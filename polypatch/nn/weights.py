@@ -51,10 +51,16 @@ def check_fit(
         for key, value in wanted.items()
         if key in given and given[key].shape != value.shape
     ]
+    kinds = [
+        f"{named([key])[0]}: {given[key].dtype} for {value.dtype}"
+        for key, value in wanted.items()
+        if key in given and value.is_floating_point() and not given[key].is_floating_point()
+    ]
     differences = {
         "missing keys": named(wanted.keys() - given.keys()),
         "unexpected keys": [*unknown, *named(given.keys() - wanted.keys())],
         "misfitting shapes": misfits,
+        "misfitting types": kinds,
     }
     said = [
         f"{kind} {', '.join(listed[:6])}{', …' if len(listed) > 6 else ''}"

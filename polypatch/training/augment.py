@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-__all__ = ["Draws", "augment", "draw", "mix", "one_hot"]
+__all__ = ["Draws", "augment", "augment_masks", "draw", "mix", "one_hot"]
 
 #: name → tensor with one row per image of the global batch
 Draws = dict[str, Tensor]
@@ -80,7 +80,18 @@ def augment(
     return _erased(images, draws["erase"])
 
 
-def _warped(images: Tensor, draws: Draws) -> Tensor:
+def augment_masks(
+    masks: Int64[Tensor, "batch height width"], draws: Draws
+) -> Int64[Tensor, "batch height width"]:
+    """The geometric part of :func:`augment`: each pixel's label is that of the nearest one."""
+    if not draws:
+        return masks
+    draws = {name: value.to(masks.device) for name, value in draws.items()}
+    # grid_sample takes no whole numbers; labels are small enough to be exact as floats.
+    return _warped(masks[:, None].float(), draws, mode="nearest")[:, 0].long()
+
+
+def _warped(images: Tensor, draws: Draws, *, mode: str = "bilinear") -> Tensor:
     batch = len(images)
     if "angle" not in draws:
         # Whole-pixel shifts and mirrors are a gather: no resampling blur, and much cheaper.
@@ -109,9 +120,7 @@ def _warped(images: Tensor, draws: Draws) -> Tensor:
     offset = draws["shift"].flip(-1) * 2 + room * draws["shift"].flip(-1) * 8
     affine = torch.cat([matrix, offset[..., None]], dim=2).to(images.dtype)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
-    return F.grid_sample(
-        images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
-    )
+    return F.grid_sample(images, grid, mode=mode, padding_mode="reflection", align_corners=False)
 
 
 def _mirrored(index: Tensor, size: int) -> Tensor:

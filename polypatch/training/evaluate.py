@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.base import ImageData
+from ..data.masks import IGNORED
 from ..nn import normalise
+from .tasks import mean_iou, task_of
 
 __all__ = ["Outcome", "evaluate"]
 
@@ -19,6 +21,7 @@ __all__ = ["Outcome", "evaluate"]
 class Outcome:
     """Results on a test split.
 
+    ``accuracy`` is over images, for segmentation over pixels, of which there is ``mean_iou`` then.
     ``tokens`` is the mean number of placed tokens that enter the first block, over samples;
     ``tokens_spread`` its standard deviation (adaptive tokenizers vary). Both are None for networks
     without tokens.
@@ -29,6 +32,7 @@ class Outcome:
     samples: int
     tokens: float | None
     tokens_spread: float | None
+    mean_iou: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -42,10 +46,14 @@ def evaluate(
     and all get the result."""
     device = next(model.parameters()).device
     samples = len(data.test)
+    task = task_of(data.task)
     rank = accelerator.process_index if accelerator else 0
     world = accelerator.num_processes if accelerator else 1
-    # correct, loss, samples, tokens, tokens²
+    batch = batch if task.name == "classify" else max(1, batch // 8)
+    # loss, what it was averaged over, images, tokens, tokens²
     sums = torch.zeros(5, dtype=torch.float64, device=device)
+    classes = len(data.classes)
+    confusion = torch.zeros(classes, classes, dtype=torch.float64, device=device)
     counter = _TokenCounter(model)
     training = model.training
     model.eval()
@@ -55,8 +63,9 @@ def evaluate(
             images, labels = images.to(device), labels.to(device)
             counter.counts = None
             logits = model(normalise(images, data.mean, data.std)).float()
-            sums[0] += (logits.argmax(1) == labels).sum()
-            sums[1] += F.cross_entropy(logits, labels, reduction="sum")
+            confusion += task.confusion(logits, labels)
+            sums[0] += F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+            sums[1] += (labels != IGNORED).sum()
             sums[2] += len(labels)
             if counter.counts is not None:
                 counts = counter.counts.double()
@@ -67,14 +76,16 @@ def evaluate(
         model.train(training)
     if accelerator is not None:
         sums = accelerator.reduce(sums, reduction="sum")
-    correct, loss, seen, tokens, squares = sums.tolist()
+        confusion = accelerator.reduce(confusion, reduction="sum")
+    loss, counted, seen, tokens, squares = sums.tolist()
     spread = max(0.0, squares / seen - (tokens / seen) ** 2) ** 0.5
     return Outcome(
-        accuracy=correct / seen,
-        loss=loss / seen,
+        accuracy=float(confusion.diagonal().sum()) / counted,
+        loss=loss / counted,
         samples=int(seen),
         tokens=tokens / seen if tokens else None,
         tokens_spread=spread if tokens else None,
+        mean_iou=mean_iou(confusion) if task.name == "segment" else None,
     )
 
 
@@ -83,7 +94,7 @@ class _TokenCounter:
 
     def __init__(self, model: nn.Module) -> None:
         self.counts: torch.Tensor | None = None
-        patching = getattr(model, "patching", None)
+        patching = getattr(getattr(model, "backbone", model), "patching", None)
         self._handle = None
         if isinstance(patching, nn.Module):
             self._handle = patching.register_forward_hook(self._listen)

@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.base import ImageData
 from ..errors import PolypatchError
 from ..nn import normalise
-from ..spec import Part, Spec, create, parse, plug
-from .augment import augment, draw, mix, one_hot
+from ..spec import Part, Spec, parse, plug
+from .augment import draw
 from .budget import Budget
 from .evaluate import evaluate
 from .recipe import Recipe, learning_rate, parameter_groups
 from .runs import Run, RunConfig
 from .sampling import generator_of, indices_of, seed_of, shard
+from .tasks import check_task, task_of
 
 __all__ = ["Progress", "build", "train"]
 
@@ -43,18 +43,18 @@ def build(config: RunConfig) -> nn.Module:
     Weights to start from belong to the bare host, onto which the techniques are plugged then,
     unless they are those of a run with the same techniques.
     """
-    spec = parse(config.spec)
+    spec, task = parse(config.spec), task_of(config.task)
     sizes = dict(classes=config.classes, resolution=config.resolution, seed=config.seed)
     if not config.init:
-        return create(spec, **sizes)
+        return task.create(spec, **sizes)
     from ..checkpoints import load_weights
 
     start = Path(config.init)
     if not spec.techniques or _techniques_of(start) == spec.techniques:
-        model = create(spec, **sizes)
+        model = task.create(spec, **sizes)
         load_weights(model, start)
         return model
-    host = create(Spec(spec.host), **sizes)
+    host = task.create(Spec(spec.host), **sizes)
     load_weights(host, start)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -101,7 +101,9 @@ def train(
     run = Run.of(config, root)
     if run.result is not None:
         return run
-    accelerator = _accelerator(config.recipe, device)
+    task = task_of(config.task)
+    check_task(task, data)
+    accelerator = _accelerator(config.recipe, device, uses_everything=task.uses_everything)
     recipe, processes = config.recipe, accelerator.num_processes
     if recipe.batch % (processes * recipe.accumulate):
         raise PolypatchError(
@@ -179,9 +181,10 @@ class _Stepper:
 
     def __post_init__(self) -> None:
         self.host = self.accelerator.unwrap_model(self.model)
+        self.task = task_of(self.config.task)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Augmented, normalised images and target probabilities of this process."""
+        """Augmented, normalised images and targets of this process."""
         config, data, recipe = self.config, self.data, self.config.recipe
         accelerator = self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -197,10 +200,13 @@ class _Stepper:
         images, labels = images.to(device), labels.to(device)
         generator = generator_of(config.seed, "augment", step)
         draws = draw(recipe.augment, recipe.batch, flip=data.flippable, generator=generator)
-        images = augment(images, {k: shard(v, rank, world) for k, v in draws.items()})
-        targets = one_hot(labels, config.classes, recipe.smoothing)
-        images, targets = mix(
-            images, targets, mixup=recipe.mixup, cutmix=recipe.cutmix, generator=generator
+        images, targets = self.task.prepare(
+            images,
+            labels,
+            {k: shard(v, rank, world) for k, v in draws.items()},
+            recipe,
+            classes=config.classes,
+            generator=generator,
         )
         return normalise(images, data.mean, data.std), targets
 
@@ -236,7 +242,7 @@ class _Stepper:
     def _backward(self, x: Tensor, y: Tensor, hooks: tuple) -> Tensor:
         with self.accelerator.autocast():
             logits = self.model(x)
-        loss = F.cross_entropy(logits.float(), y)
+        loss = self.task.loss(logits.float(), y, self.config.recipe)
         for hook in hooks:
             extra = hook.loss(self.host, x, logits)
             if extra is not None:
@@ -246,8 +252,8 @@ class _Stepper:
         return loss.detach()
 
 
-def _accelerator(recipe: Recipe, device: str | None) -> Any:
-    from accelerate import Accelerator
+def _accelerator(recipe: Recipe, device: str | None, *, uses_everything: bool) -> Any:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     if recipe.precision == "fp16" and (device == "cpu" or not torch.accelerator.is_available()):
@@ -258,7 +264,11 @@ def _accelerator(recipe: Recipe, device: str | None) -> Any:
         torch.cuda.set_device(torch.device(device))
     # Accelerate keeps its state in a singleton; a run may want another precision than the last.
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=_PRECISION[recipe.precision], cpu=device == "cpu")
+    return Accelerator(
+        mixed_precision=_PRECISION[recipe.precision],
+        cpu=device == "cpu",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not uses_everything)],
+    )
 
 
 def _average(model: nn.Module, decay: float) -> Any:
@@ -358,7 +368,10 @@ def _finish(
     for hook in getattr(model, "hooks", ()):
         hook.after_training(model)
     outcome = evaluate(model, data, accelerator=accelerator)
-    log.write({"step": total, "accuracy": outcome.accuracy, "test_loss": outcome.loss})
+    scores = {"accuracy": outcome.accuracy, "test_loss": outcome.loss}
+    if outcome.mean_iou is not None:
+        scores["mean_iou"] = outcome.mean_iou
+    log.write({"step": total, **scores})
     log.close()
     if accelerator.is_main_process:
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}

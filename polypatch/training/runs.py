@@ -43,6 +43,7 @@ class RunConfig:
     budget: str
     recipe: Recipe = field(default_factory=Recipe)
     init: str = ""  # a checkpoint to start from
+    task: str = "classify"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+from PIL import Image
+from skimage import data as samples
 
 from polypatch.cli import main
 
@@ -33,3 +35,10 @@ def polypatch(monkeypatch, capsys, tmp_path) -> Callable[..., Outcome]:
         return Outcome(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "astronaut.png"
+    Image.fromarray(samples.astronaut()[:256, :384]).save(path)
+    return path

@@ -9,17 +9,9 @@ import json
 import pytest
 import torch
 from PIL import Image
-from skimage import data as samples
 
 SMALL = ["--data", "bundled:digits", "--resolution", "16", "--budget", "3steps", "--batch", "16",
          "--device", "cpu"]  # fmt: skip
-
-
-@pytest.fixture
-def photo(tmp_path):
-    path = tmp_path / "astronaut.png"
-    Image.fromarray(samples.astronaut()[:256, :384]).save(path)
-    return path
 
 
 def test_papers_lists_all(polypatch):
