@@ -156,7 +156,13 @@ def build_official(
         if name not in given
         and (name in hidden if hidden is not None else name not in ("layout", "class", "cls"))
     )
-    model = module.from_official(used, state)
+    try:
+        model = module.from_official(used, state)
+    except KeyError as error:
+        raise PolypatchError(f"the configuration of this {slug} lacks {error}") from error
+    except (RuntimeError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PolypatchError(f"these weights don't fit any {slug}: {reason}") from error
     return Loaded(
         model,
         slug,

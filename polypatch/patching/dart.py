@@ -176,6 +176,7 @@ def flow_partition(
     # renormalises the averages, so a cell of a tall row counts as much as one of a flat row.
     strip = strip / strip.sum(1, keepdim=True)
     cells = strip.shape[1]
+    # Dividing and multiplying changes the last bit: the authors keep fractions of the strip.
     return Partition(edges, quantile_edges(strip, tokens) / cells * cells, (height, width), strip)
 
 

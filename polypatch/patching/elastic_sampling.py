@@ -299,9 +299,7 @@ def edge_boxes(
     return _corners(y, x, side)
 
 
-def canny(
-    image: Float[Tensor, "3 height width"], sigma: float | int
-) -> Bool[np.ndarray, "height width"]:
+def canny(image: Float[Tensor, "3 height width"], sigma: float) -> Bool[np.ndarray, "height width"]:
     """Edge pixels of the luma image (ITU-R 601), by scikit-image with its default thresholds."""
     from skimage.feature import canny as find_edges
 
@@ -443,7 +441,7 @@ class EdgeSampler:
     count: int
     smallest: int = 8
     largest: int = 48
-    sigma: float | int = 12.0
+    sigma: float = 12.0
     border: int = 7
 
     def __call__(
@@ -629,7 +627,7 @@ def accuracy_curve(
     return curve
 
 
-def elasticity(strengths: Sequence[float | int], accuracies: Sequence[float | int]) -> float:
+def elasticity(strengths: Sequence[float], accuracies: Sequence[float]) -> float:
     """How much accuracy is left on average: the area under accuracy against strength (trapezoids),
     divided by that of a network that would stay at its first accuracy. 1: not impressed at all.
 

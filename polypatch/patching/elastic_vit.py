@@ -81,7 +81,7 @@ def position_code(
     boxes: Float[Tensor, "*batch 4"] | Int64[Tensor, "*batch 4"],
     dim: int,
     *,
-    unit: float | int = 16.0,
+    unit: float = 16.0,
     scale_aware: bool = True,
 ) -> Float[Tensor, "*batch dim"]:
     """Sine-cosine code of boxes (y0, x0, y1, x1) in pixels; without ``scale_aware`` of (y0, x0)."""
@@ -105,7 +105,7 @@ class ElasticPosition(Position):
         self,
         *,
         dim: int,
-        unit: float | int,
+        unit: float,
         mode: str = "scale",
         grid: tuple[int, int] | None = None,
     ) -> None:
@@ -338,7 +338,7 @@ class ElasticHook(TrainingHook):
     Targets and images must be in the same order; an odd batch's middle image keeps to itself.
     """
 
-    def __init__(self, *, alpha: float | int, probability: float | int | int, patches: int) -> None:
+    def __init__(self, *, alpha: float, probability: float, patches: int) -> None:
         self.alpha, self.probability, self.patches = alpha, probability, patches
 
     def before_step(self, host: ViT, *, step: int, total: int, generator: torch.Generator) -> None:
@@ -403,8 +403,8 @@ def _make_elastic(
     patches: int | None,
     smallest: int | None,
     largest: int | None,
-    patchmix: float | int,
-    probability: float | int,
+    patchmix: float,
+    probability: float,
     shuffle: bool,
 ) -> ViT:
     """Replace the host's grid by patches of any box, with its weights, and hook it up."""
@@ -452,8 +452,8 @@ def plug(
     smallest: int | None = None,
     largest: int | None = None,
     position: str = "scale",
-    patchmix: float | int = 1.0,
-    probability: float | int = 1.0,
+    patchmix: float = 1.0,
+    probability: float = 1.0,
     shuffle: bool = False,
 ) -> ViT:
     """Let the host take patches of any box: position code, training samples, PatchMix.
@@ -537,9 +537,9 @@ def assemble(
     classes: int,
     channels: int = 3,
     position: str = "scale",
-    unit: float | int = 16.0,
+    unit: float = 16.0,
     layer_scale: float | None = 1e-4,
-    drop_path: float | int = 0.0,
+    drop_path: float = 0.0,
     qkv_bias: bool = True,
     eps: float = 1e-6,
     training: Mapping[str, Any] | None = None,
@@ -584,8 +584,8 @@ def build(
     position: str = "scale",
     train: str = "random30",
     patches: int | None = None,
-    patchmix: float | int = 1.0,
-    drop_path: float | int = 0.0,
+    patchmix: float = 1.0,
+    drop_path: float = 0.0,
     layer_scale: float = 1e-4,
 ) -> ViT:
     """A named network: a ViT with DeiT-III's layer scale and the authors' initialisation (linear

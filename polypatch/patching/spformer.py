@@ -529,7 +529,7 @@ def plug(
     stem: str = "single",
     init: str = "lift-pool",
     position: str = "depthwise",
-    gamma: float | int = 0.1,
+    gamma: float = 0.1,
 ) -> ViT:
     """Put stem and superpixel cross attention in the place of the host's patches; its blocks stay.
 
@@ -646,8 +646,8 @@ def build(
     resolution: int = 224,
     channels: int = 3,
     segmentation: int = 0,
-    drop_path: float | int = 0.0,
-    gamma: float | int = 1e-5,
+    drop_path: float = 0.0,
+    gamma: float = 1e-5,
     class_token: bool = False,
 ) -> SPFormer:
     """A named network, initialised.

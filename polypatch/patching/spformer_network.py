@@ -15,10 +15,20 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import PolypatchError
-from ..hosts.vit import Block, Context, InputRequirements, Prefix
-from ..nn import Attention, LayerScale, LearnedPosition, Mlp, init_parts
+from ..hosts.vit import Block, Context, Prefix
+from ..nn import (
+    Attention,
+    FeatureInfo,
+    FeatureMap,
+    InputRequirements,
+    LayerScale,
+    LearnedPosition,
+    Mlp,
+    init_parts,
+)
 from ..tokens import Tokens
 from .spformer import (
     Refined,
@@ -99,6 +109,7 @@ class Stage(nn.Module):
         self.prefix = prefix
         self.blocks = nn.ModuleList(blocks)
         self.hand_over = hand_over
+        self.recomputed = False
 
     def forward(
         self, pixels: Tensor, superpixels: Tensor, canvas: tuple[int, int]
@@ -111,8 +122,12 @@ class Stage(nn.Module):
             tokens = self.position(tokens)
         if self.prefix is not None:
             tokens = self.prefix(tokens)
+        context = Context(None, None, None)
         for block in self.blocks:
-            tokens = block(tokens, Context(None, None, None))
+            if self.recomputed and self.training:
+                tokens = checkpoint(block, tokens, context, use_reentrant=False)  # type: ignore
+            else:
+                tokens = block(tokens, context)
         if self.hand_over is not None:
             grid = refined.superpixels.shape[1:3]
             pixels = self.hand_over(pixels, refined, tokens.placed.unflatten(1, grid))
@@ -172,20 +187,46 @@ class SPFormer(nn.Module):
             refinements.append(refined)
         return behind, refinements
 
-    def forward_features(self, image: Float[Tensor, "batch channels height width"]) -> Tokens:
-        """The last stage's tokens, without a final norm, with the regions that they won."""
-        behind, refinements = self._run(image)
-        last = refinements[-1]
+    def _placed(self, tokens: Tokens, refined: Refined, image: Tensor) -> Tokens:
+        """A stage's tokens with the regions that its refinement won."""
         placed = as_tokens(
-            last.superpixels,
-            last.similarities,
+            refined.superpixels,
+            refined.similarities,
             cell=self.init.cell,
             stride=self.stem.stride,
             canvas=(image.shape[-2], image.shape[-1]),
         )
-        if behind[-1].prefix:
-            placed = placed.with_prefix(behind[-1].x[:, : behind[-1].prefix])
-        return placed.with_x(behind[-1].x)
+        if tokens.prefix:
+            placed = placed.with_prefix(tokens.x[:, : tokens.prefix])
+        return placed.with_x(tokens.x)
+
+    def forward_features(self, image: Float[Tensor, "batch channels height width"]) -> Tokens:
+        """The last stage's tokens, without a final norm, with the regions that they won."""
+        behind, refinements = self._run(image)
+        return self._placed(behind[-1], refinements[-1], image)
+
+    def features(self, image: Float[Tensor, "batch channels height width"]) -> list[FeatureMap]:
+        """A normed map for each stage, at the stem's stride: every cell reads the superpixel that
+        it belongs to, so borders between superpixels are borders in the map."""
+        stride = self.stem.stride
+        size = (-(-image.shape[-2] // stride), -(-image.shape[-1] // stride))
+        maps = []
+        for tokens, refined in zip(*self._run(image)):
+            normed = tokens.with_x(self.norm(tokens.x))
+            dense = self._placed(normed, refined, image).scatter_to_grid(size)
+            maps.append(FeatureMap(dense, stride))
+        return maps
+
+    @property
+    def feature_info(self) -> tuple[FeatureInfo, ...]:
+        """Of the maps that :meth:`features` gives."""
+        return (FeatureInfo(self.dim, self.stem.stride),) * len(self.stages)
+
+    def checkpointed(self, on: bool = True) -> SPFormer:
+        """Recompute blocks in the backward pass instead of keeping their activations."""
+        for stage in self.stages:
+            stage.recomputed = on  # type: ignore[assignment]
+        return self
 
     def pool(self, tokens: Tokens) -> Float[Tensor, "batch dim"]:
         if self.class_token:
@@ -314,7 +355,7 @@ def assemble(
     grid: tuple[int, int],
     channels: int = 3,
     segmentation: int = 0,
-    drop_path: float | int = 0.0,
+    drop_path: float = 0.0,
     gamma: float | None = 1e-5,
     handover_gamma: float | None = 1e-5,
     class_token: bool = False,

@@ -303,6 +303,32 @@ def test_segmentation():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("size", [(64, 64), (50, 77)])
+def test_dense_maps_follow_the_superpixels(size):
+    model = create("spformer-tiny", classes=3, resolution=64, seed=0).eval()
+    image = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        maps = model.features(image)
+        tokens = model.forward_features(image)
+    assert [(m.map.shape[1], m.stride) for m in maps] == [tuple(i) for i in model.feature_info]
+    last, stride = maps[-1]
+    assert last.shape[2:] == tuple(-(-side // stride) for side in size)
+    labels = tokens.label_map(tuple(last.shape[2:]))
+    normed = model.norm(tokens.placed)[0]
+    torch.testing.assert_close(last[0].flatten(1).T, normed[labels[0].flatten()])
+
+
+def test_checkpointing_changes_no_gradient():
+    model = create("spformer-tiny", classes=3, resolution=32, seed=0).train()
+    image, gradients = torch.randn(2, 3, 32, 32), []
+    for on in (False, True):
+        model.zero_grad()
+        model.checkpointed(on)(image).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-6)
+
+
 def test_stages_and_head():
     model = tiny()
     image = torch.randn(1, 3, 32, 48)
