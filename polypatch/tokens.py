@@ -246,33 +246,37 @@ class Tokens:
             out = rows.new_zeros(batch * count, rows.shape[1]).index_add(0, flat, rows)
             return out.view(batch, count, -1)
 
-        total = summed(share[..., None]).clamp_min(1e-12)
+        # Few, wide sums: with one sample the cost is in the number of calls, not in the numbers.
+        centre = self.centre[:, start:].expand(batch, -1, -1)
+        axes = centre.shape[-1]
+        parts = [centre * share[..., None], share[..., None], weight[..., None]]
+        sums = summed(torch.cat(parts, dim=-1))
+        total = sums[..., axes : axes + 1].clamp_min(1e-12)
         if x is None:
             scaled = self.placed * share[..., None].to(self.x.dtype)
             x = summed(scaled) / total.to(self.x.dtype)
-        centre = self.centre[:, start:].expand(batch, -1, -1)
         half = self.extent[:, start:].expand(batch, -1, -1) / 2
-        low, high = centre - half, centre + half
+        # The lower bound as the upper one of the negative side: one reduction for both.
+        bounds = torch.cat([centre + half, half - centre], dim=-1)
         if real is not None:
-            low = low.masked_fill(~real[..., None], float("inf"))
-            high = high.masked_fill(~real[..., None], float("-inf"))
-        where = groups[..., None].expand_as(centre)
-        empty = centre.new_zeros(batch, count, centre.shape[-1])
-        bottom = empty.scatter_reduce(1, where, low, "amin", include_self=False)
-        top = empty.scatter_reduce(1, where, high, "amax", include_self=False)
+            bounds = bounds.masked_fill(~real[..., None], float("-inf"))
+        where = groups[..., None].expand_as(bounds)
+        empty = bounds.new_zeros(batch, count, 2 * axes)
+        extent = empty.scatter_reduce(1, where, bounds, "amax", include_self=False)
+        extent = extent[..., :axes] + extent[..., axes:]
         new_mask = None
         if real is not None:
             alive = summed(real[..., None].to(centre.dtype))[..., 0] > 0
-            bottom, top = bottom.where(alive[..., None], 0), top.where(alive[..., None], 0)
+            extent = extent.where(alive[..., None], 0)
             new_mask = torch.cat([self.mask[:, :start], alive], dim=1)  # type: ignore[index]
         regions = self.pieces() if self.regions is None else self.regions
         merged = replace(
             self,
             x=x,
-            centre=summed(centre * share[..., None]) / total,
-            extent=top - bottom,
+            centre=sums[..., :axes] / total,
+            extent=extent,
             mask=None,
-            weight=summed(weight[..., None])[..., 0],
+            weight=sums[..., -1],
             regions=_relabel(regions, groups),
             grid=None,
             prefix=0,

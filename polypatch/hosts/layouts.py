@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import PolypatchError
-from ..nn import load_exactly, quick_gelu
+from ..nn import fresh, load_exactly, quick_gelu
 from .vit import ViT, assemble_vit
 
 __all__ = ["from_official", "recognise", "rename", "to_official"]
@@ -262,7 +262,7 @@ def _activation(name: Any) -> Callable[[Tensor], Tensor]:
         return F.silu
     if "relu" in word:
         return F.relu
-    return F.gelu
+    return fresh.gelu
 
 
 def _read_timm(

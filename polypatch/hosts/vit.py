@@ -53,6 +53,7 @@ from ..nn import (
     RotaryPosition,
     SinCosPosition,
     SwiGlu,
+    fresh,
     init_parts,
     init_transformer_weights,
 )
@@ -404,7 +405,7 @@ def assemble_vit(
     gated: bool = False,
     layer_scale: float | None = None,
     drop_path: float = 0.0,
-    activation: Callable[[Tensor], Tensor] = F.gelu,
+    activation: Callable[[Tensor], Tensor] = fresh.gelu,
     eps: float = 1e-6,
 ) -> ViT:
     """Wire a ViT from numbers, without filling the weights; :func:`build_vit` and the readers of

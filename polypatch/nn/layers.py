@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from . import fresh
+
 __all__ = [
     "DropPath",
     "LayerNorm2d",
@@ -71,7 +73,7 @@ class Mlp(nn.Module):
         dim: int,
         hidden: int,
         out: int | None = None,
-        activation: Callable[[Tensor], Tensor] = F.gelu,
+        activation: Callable[[Tensor], Tensor] = fresh.gelu,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
