@@ -24,7 +24,7 @@ the product's bias, which saves a pass over the map.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -168,9 +168,31 @@ def assemble(variant: Variant, *, classes: int = 1000, channels: int = 3) -> Con
     )
 
 
-def build(variant: str, *, classes: int = 1000, resolution: int | None = None) -> ConvMixer:
-    """A named network with fresh weights. ``resolution`` changes nothing: any input size works."""
-    model = assemble(VARIANTS[variant], classes=classes)
+def build(
+    variant: str,
+    *,
+    classes: int = 1000,
+    resolution: int | None = None,
+    dim: int | None = None,
+    depth: int | None = None,
+    kernel: int | None = None,
+    patch: int | None = None,
+    activation: str | None = None,
+    channels: int = 3,
+) -> ConvMixer:
+    """A named network with fresh weights.
+
+    Args:
+        resolution: changes nothing, any input size works.
+        dim, depth, kernel, patch, activation: in place of the variant's own.
+        channels: of the input.
+    """
+    asked = {"dim": dim, "depth": depth, "kernel": kernel, "patch": patch, "activation": activation}
+    for name, value in asked.items():
+        if isinstance(value, int) and value < 1:
+            raise PolypatchError(f"{name} counts from 1, got {name}={value}")
+    changed = replace(VARIANTS[variant], **{k: v for k, v in asked.items() if v is not None})
+    model = assemble(changed, classes=classes, channels=channels)
     model.init_weights()
     return model
 

@@ -54,11 +54,11 @@ def spread(values: Sequence[float], unit: str = "", *, digits: int = 1) -> str:
 
 
 def arm(runs: Sequence[Run]) -> dict[str, str]:
-    """Columns that every trained arm has: tokens, parameters, test accuracy."""
+    """Columns that every trained arm has: tokens (where it has some), parameters, accuracy."""
     results = [run.result or {} for run in runs]
-    tokens = sum(float(result["tokens"]) for result in results) / len(results)
+    counted = [float(r["tokens"]) for r in results if r["tokens"] is not None]
     return {
-        "tokens": f"{tokens:.3g}",
+        "tokens": f"{sum(counted) / len(counted):.3g}" if counted else "–",
         "parameters": f"{results[0]['parameters']:,}",
         "accuracy": spread([100 * float(result["accuracy"]) for result in results], " %"),
     }
