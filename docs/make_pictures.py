@@ -7,6 +7,7 @@ python docs/make_pictures.py runs
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from polypatch.patching.dual_patchnorm import gradient_norms
 from polypatch.patching.elastic_sampling import RandomSampler
 from polypatch.patching.spt_lsa import shifted_copies
 from polypatch.report.layouts import cutters_of, draw_layouts, load_photo
+from polypatch.report.receptive import draw_fields, receptive_fields
 
 HERE = Path(__file__).resolve().parent / "pictures"
 SETTING = dict(host="vit-nano", patch=8, resolution=128)
@@ -52,6 +54,7 @@ def main() -> None:
     elastic_vit(photo)
     spt_lsa(photo)
     dual_patchnorm()
+    receptive()
     photo_file.unlink()
     for path in HERE.glob("*.png"):  # a repository keeps every version: make them small
         with Image.open(path) as picture:
@@ -131,6 +134,22 @@ def dual_patchnorm() -> None:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(HERE / "dual-patchnorm.png", dpi=110)
+
+
+def receptive() -> None:
+    """What one cell of each map of an encoder looks at, with fresh weights."""
+    batch = torch.from_numpy(data.astronaut()[:512, :512]).permute(2, 0, 1)[None].float() / 255
+    batch = torch.cat([batch[:, :, y : y + 128, x : x + 128] for y in (0, 256) for x in (64, 256)])
+    for entry in polypatch.papers():
+        name = f"{entry.slug}-nano"
+        if not entry.works or name not in getattr(module_of(entry), "VARIANTS", ()):
+            continue
+        model = polypatch.create(name, classes=0, resolution=128, seed=0)
+        draw_fields(receptive_fields(model, normalise(batch)), HERE / f"{entry.slug}.png")
+
+
+def module_of(entry):
+    return importlib.import_module(entry.module)
 
 
 if __name__ == "__main__":

@@ -116,8 +116,8 @@ def experiment(lab: Lab) -> Evidence:
         },
         remark=f"{STEPS} steps each on crops of {RESOLUTION} pixels of `bundled:photos`, without "
         "further augmentation. If pixels and positions of the trained pixel networks are shuffled "
-        f"alike, their logits change by {change:.1g} at most. Shortened from 200 steps to 160 after "
-        "a first result, for time; the verdict was the same.",
+        f"alike, their logits change by {change:.1g} at most. "
+        "Shortened from 200 steps to 160 after a first result, for time; the verdict was the same.",
     )
 
 
