@@ -97,6 +97,8 @@ def test_outputs_agree(case: Case) -> None:
 
 def test_parameter_counts(variant: tuple[Case, str, dict[str, Any]]) -> None:
     case, name, entry = variant
+    if entry["params"] is None:
+        pytest.skip(f"the authors' code can't build it: {entry.get('runs', 'no count')}")
     module = module_of(case.slug)
     adapter = adapter_of(case.slug)
     counter = getattr(adapter, "count", lambda name, config: plain_count(module, config))
