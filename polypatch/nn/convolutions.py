@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from . import fresh
 
 __all__ = ["ConvNorm", "folded"]
 
@@ -49,7 +52,12 @@ class ConvNorm(nn.Module):
             nn.init.zeros_(self.norm.bias)
 
     def forward(self, x: Float[Tensor, "batch dim height width"]) -> Tensor:
-        x = self.norm(self.conv(x))
+        x = self.conv(x)
+        if isinstance(self.norm, nn.BatchNorm2d) and not (self.training or torch.is_grad_enabled()):
+            scale, shift = fresh.affine_of(self.norm)
+            x = fresh.affine(x, scale[:, None, None], shift[:, None, None])
+        else:
+            x = self.norm(x)
         return x if self.activation is None else self.activation(x)
 
     def fold(self) -> None:

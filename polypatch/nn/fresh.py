@@ -16,22 +16,27 @@ from torch import Tensor, nn
 __all__ = ["add", "add_scaled", "affine", "affine_of", "gelu", "relu", "silu"]
 
 
+def _overwrites() -> bool:
+    """Compilers plan memory themselves."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
 def gelu(fresh: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Exact GELU."""
-    return F.gelu(fresh) if torch.is_grad_enabled() else torch.ops.aten.gelu_(fresh)
+    return torch.ops.aten.gelu_(fresh) if _overwrites() else F.gelu(fresh)
 
 
 def relu(fresh: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    return F.relu(fresh, inplace=not torch.is_grad_enabled())
+    return F.relu(fresh, inplace=_overwrites())
 
 
 def silu(fresh: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    return F.silu(fresh, inplace=not torch.is_grad_enabled())
+    return F.silu(fresh, inplace=_overwrites())
 
 
 def add(x: Float[Tensor, "*shape"], fresh: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """x + fresh. Mixed dtypes (a residual beside an autocast branch) add as usual."""
-    if torch.is_grad_enabled() or x.dtype != fresh.dtype:
+    if not _overwrites() or x.dtype != fresh.dtype:
         return x + fresh
     return fresh.add_(x)
 
@@ -40,7 +45,7 @@ def add_scaled(
     x: Float[Tensor, "*shape"], fresh: Float[Tensor, "*shape"], scale: Float[Tensor, "*#shape"]
 ) -> Float[Tensor, "*shape"]:
     """x + fresh · scale, a layer-scaled residual."""
-    if torch.is_grad_enabled() or not x.dtype == fresh.dtype == scale.dtype:
+    if not _overwrites() or not x.dtype == fresh.dtype == scale.dtype:
         return x + fresh * scale
     return torch.addcmul(x, fresh, scale, out=fresh)
 
@@ -51,7 +56,7 @@ def affine(
     shift: Float[Tensor, "*#shape"],
 ) -> Float[Tensor, "*shape"]:
     """fresh · scale + shift."""
-    if torch.is_grad_enabled() or not scale.dtype == fresh.dtype == shift.dtype:
+    if not _overwrites() or not scale.dtype == fresh.dtype == shift.dtype:
         return fresh * scale + shift
     return torch.addcmul(shift, fresh, scale, out=fresh)
 

@@ -49,16 +49,16 @@ def norms_of(model: nn.Module) -> Iterator[nn.BatchNorm2d]:
 
 
 def lived_in(model: Backbone) -> Backbone:
-    """Eval mode, with running statistics and gains that aren't those of a fresh network: fresh
-    ones hide wrong orders and wrong residuals."""
+    """Eval mode, with statistics, gains and weights that aren't those of a fresh network, which
+    hide wrong orders, and hardly look at the image where they begin small."""
     generator = torch.Generator().manual_seed(5)
     for norm in norms_of(model):
         norm.running_mean.normal_(0, 0.1, generator=generator)  # type: ignore[union-attr]
         norm.running_var.uniform_(0.5, 1.5, generator=generator)  # type: ignore[union-attr]
     with torch.no_grad():
         for value in model.parameters():
-            if value.ndim <= 1:
-                value.add_(0.1 * torch.randn(value.shape, generator=generator))
+            size = 0.1 if value.ndim <= 1 else 0.3 * value[0].numel() ** -0.5
+            value.add_(size * torch.randn(value.shape, generator=generator))
     return model.eval()
 
 
