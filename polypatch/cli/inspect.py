@@ -36,8 +36,8 @@ def command(
         "parameters": f"{found.parameters:,} ({found.head_parameters:,} of them in the head)",
         "input": f"RGB in [{loaded.input_range[0]:g}, {loaded.input_range[1]:g}], "
         f"mean {_numbers(looks.mean)}, std {_numbers(looks.std)}; {', '.join(sides)}",
-        "evaluated at": f"{looks.resolution} pixels, the middle {100 * looks.crop:g} % of the shorter "
-        f"side, {looks.interpolation}",
+        "evaluated at": f"{looks.resolution} pixels, the middle {100 * looks.crop:g} % of the "
+        f"shorter side, {looks.interpolation}",
         "operations": f"{found.gflops:.3g} GFLOP an image at {found.resolution} pixels"
         if found.gflops is not None
         else found.note,

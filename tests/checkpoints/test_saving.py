@@ -182,3 +182,28 @@ def test_operations_that_depend_on_the_image_are_said_to(tmp_path):
     gflops, why = count_gflops(model, (32, 32))
     assert gflops is None
     assert "depend on the image" in why
+
+
+@pytest.mark.parametrize("task", ["classify", "segment"])
+@pytest.mark.parametrize("kind", ["official", "converted"])
+def test_a_run_starts_from_an_encoders_checkpoint(tmp_path, official, task, kind):
+    """All of it but the classifier, which has other classes or none."""
+    from polypatch.training.loop import build
+    from polypatch.training.recipe import Recipe
+    from polypatch.training.runs import RunConfig
+
+    path = official if kind == "official" else convert(official, tmp_path / "new")
+    config = RunConfig(
+        spec="convmixer-nano", data="", data_fingerprint="", resolution=32, classes=4, seed=9,
+        budget="1steps", recipe=Recipe(), init=str(path), task=task,
+    )  # fmt: skip
+    model = build(config)
+    wanted = load(official).model.state_dict()
+    encoder = model.backbone if task == "segment" else model
+    for name, value in encoder.state_dict().items():
+        if not name.startswith("head"):
+            assert torch.equal(value, wanted[name]), name
+    assert model(torch.randn(2, 3, 32, 32)).shape[:2] == (2, 4)
+    other = RunConfig(**{**vars(config), "spec": "vit-nano"})
+    with pytest.raises(PolypatchError, match="another architecture"):
+        build(other)
