@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from .checkpoints import Loaded
-from .data.decode import Undecodable, decode_image, decode_whole
+from .data.decode import Undecodable, decode_clip, decode_image, decode_whole
 from .errors import PolypatchError
-from .nn import normalise
+from .nn import normalise, sample_shape
 
 __all__ = [
     "Pictures",
@@ -83,28 +84,38 @@ class Pictures:
     done: Callable[[int], None] = lambda count: None
     """Called with the number of files that were dealt with, batch by batch."""
 
-    def __iter__(self) -> Iterator[tuple[list[Path], Float[Tensor, "batch 3 side side"]]]:
+    def __iter__(self) -> Iterator[tuple[list[Path], Float[Tensor, "batch 3 *frames side side"]]]:
         looks = self.loaded.preprocessing
         device = next(self.loaded.model.parameters()).device
         for start in range(0, len(self.paths), self.batch):
             images, names = [], []
             for path in self.paths[start : start + self.batch]:
                 try:
-                    pixels = decode_image(
-                        path,
-                        resolution=self.side,
-                        name=str(path),
-                        crop=looks.crop,
-                        interpolation=looks.interpolation,
-                    )
+                    pixels = self._decoded(path)
                 except (Undecodable, PolypatchError, OSError) as error:
                     self.bad.append(f"{path}: {error}")
                     continue
                 images.append(torch.from_numpy(pixels.copy()).float() / 255)
                 names.append(path)
             if images:
-                yield names, normalise(torch.stack(images), looks.mean, looks.std).to(device)
+                batch = torch.stack(images)
+                if batch.ndim == 5:  # frames are normalised one by one
+                    clips = normalise(batch.transpose(1, 2), looks.mean, looks.std)
+                    batch = clips.transpose(1, 2)
+                else:
+                    batch = normalise(batch, looks.mean, looks.std)
+                yield names, batch.to(device)
             self.done(len(self.paths[start : start + self.batch]))
+
+    def _decoded(self, path: Path) -> UInt8[np.ndarray, "3 *frames side side"]:
+        looks, shape = self.loaded.preprocessing, sample_shape(self.loaded.model)
+        asked = {
+            "name": str(path), "resolution": self.side, "crop": looks.crop,
+            "interpolation": looks.interpolation,
+        }  # fmt: skip
+        if len(shape) == 2:
+            return decode_clip(path, frames=shape[1], **asked)
+        return decode_image(path, **asked)
 
 
 def class_names(loaded: Loaded, file: Path | None = None, *, count: int) -> list[str]:
@@ -217,7 +228,6 @@ def feature_maps(pictures: Pictures) -> Iterator[tuple[Path, dict[str, Tensor]]]
 def segment(pictures: Pictures) -> Iterator[tuple[Path, Any, Any]]:
     """For each readable file its label map (a PIL picture of class numbers, at the photo's own
     size, with a palette) and the photo with the map laid over it. One photo at a time."""
-    import numpy as np
     from PIL import Image
 
     looks = pictures.loaded.preprocessing

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import catalogue
 from ..errors import PolypatchError
-from ..nn import InputRequirements
+from ..nn import InputRequirements, sample_shape
 from . import Loaded, load
 
 __all__ = ["Description", "count_gflops", "describe"]
@@ -73,7 +73,7 @@ def describe(
     needs = getattr(model, "input_requirements", InputRequirements())
     side = resolution or getattr(model, "resolution", None) or loaded.preprocessing.resolution
     head = getattr(model, "head", None)
-    gflops, note = count_gflops(model, needs.nearest(side, side), model_input=_shape(model))
+    gflops, note = count_gflops(model, needs.nearest(side, side), sample=sample_shape(model))
     file = Path(path) if not str(path).startswith("hub:") else Path()
     if file.is_dir():
         file = file / "model.safetensors"
@@ -92,16 +92,11 @@ def describe(
     )
 
 
-def _shape(model: nn.Module) -> tuple[int, ...]:
-    """(channels,), or (channels, frames) of a network for video."""
-    return tuple(getattr(model, "input_shape", (3,)))
-
-
 def count_gflops(
-    model: nn.Module, size: tuple[int, int], *, model_input: tuple[int, ...] = (3,)
+    model: nn.Module, size: tuple[int, int], *, sample: tuple[int, ...] = (3,)
 ) -> tuple[float | None, str]:
     """Billions of operations for one image of ``size``, by shapes alone; or None and the reason."""
-    image = torch.empty(1, *model_input, *size, device="meta")
+    image = torch.empty(1, *sample, *size, device="meta")
     training = model.training
     model.eval()
     try:

@@ -29,7 +29,15 @@ from ..errors import PolypatchError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["SUFFIXES", "Undecodable", "decode_image", "decode_mask", "decode_whole", "image_size"]
+__all__ = [
+    "SUFFIXES",
+    "Undecodable",
+    "decode_clip",
+    "decode_image",
+    "decode_mask",
+    "decode_whole",
+    "image_size",
+]
 
 SUFFIXES = frozenset(
     (
@@ -73,6 +81,28 @@ def decode_image(
         image.load()
         upright = _rgb(_upright(image))
         return _square(upright, resolution, crop, interpolation).transpose(2, 0, 1)
+
+
+def decode_clip(
+    source: Source,
+    *,
+    name: str,
+    frames: int,
+    resolution: int,
+    crop: float = 1.0,
+    interpolation: str = "bicubic",
+) -> UInt8[np.ndarray, "3 {frames} resolution resolution"]:
+    """``frames`` frames, evenly spaced, of an animation (GIF, WebP, APNG, TIFF), each treated as
+    :func:`decode_image` treats a picture; a still picture is repeated. Raises the same."""
+    with _opened(source, name) as image:
+        count = getattr(image, "n_frames", 1)
+        chosen = np.linspace(0, count - 1, frames).round().astype(int).tolist()
+        decoded: dict[int, np.ndarray] = {}
+        for number in sorted(set(chosen)):
+            image.seek(number)
+            image.load()
+            decoded[number] = _square(_rgb(_upright(image)), resolution, crop, interpolation)
+    return np.stack([decoded[number] for number in chosen]).transpose(3, 0, 1, 2)
 
 
 def decode_whole(source: Source, *, name: str) -> UInt8[np.ndarray, "3 height width"]:

@@ -42,6 +42,7 @@ from .surface import (
     InputRequirements,
     Preprocessing,
     pad_to,
+    sample_shape,
 )
 from .weights import check_fit, init_parts, load_exactly
 from .windows import merge_windows, pad_to_windows, windows_of
@@ -91,6 +92,7 @@ __all__ = [
     "pointwise",
     "quick_gelu",
     "rotate",
+    "sample_shape",
     "unpatchify",
     "windows_of",
 ]

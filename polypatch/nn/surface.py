@@ -26,6 +26,7 @@ __all__ = [
     "InputRequirements",
     "Preprocessing",
     "pad_to",
+    "sample_shape",
 ]
 
 
@@ -112,6 +113,12 @@ def pad_to(
     return F.pad(image, (0, wide - width, 0, tall - height), mode="replicate")
 
 
+def sample_shape(model: nn.Module) -> tuple[int, ...]:
+    """What a network's input has before height and width: (channels,), of a network for video
+    (channels, frames)."""
+    return tuple(getattr(model, "sample_shape", (3,)))
+
+
 class Backbone(nn.Module):
     """Base of the complete encoders.
 
@@ -125,6 +132,8 @@ class Backbone(nn.Module):
     feature_info: tuple[FeatureInfo, ...]
     input_requirements = InputRequirements()
     preprocessing = Preprocessing()
+    #: of the input, before height and width; (channels, frames) of a network for video
+    sample_shape: tuple[int, ...] = (3,)
     #: substrings of names of matrices and tables that weight decay leaves alone
     undecayed: tuple[str, ...] = ()
     _checkpointed = False
