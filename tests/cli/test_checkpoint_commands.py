@@ -115,3 +115,39 @@ def test_segmenting_end_to_end(polypatch, photo, tmp_path):
         assert mask.size == image.size
         assert set(np.unique(np.asarray(mask))) <= {0, 1}
     assert (tmp_path / "masks" / f"{photo.stem}-overlay.png").is_file()
+
+
+def test_a_video_network_reads_animations(polypatch, tmp_path):
+    """Frames evenly over the clip, normalised one by one; a still picture stands still."""
+    from PIL import Image
+
+    from polypatch.checkpoints.saving import save
+    from polypatch.data.decode import decode_clip
+    from polypatch.nn import normalise
+
+    model = library.create("mvit-nano-video", classes=3, seed=0).eval()
+    save(model, tmp_path / "video")
+    frames = [Image.new("RGB", (40, 48), (20 * k, 200 - 20 * k, 90)) for k in range(8)]
+    frames[0].save("clip.webp", save_all=True, append_images=frames[1:], lossless=True)
+    clip = decode_clip(tmp_path / "clip.webp", name="clip", frames=4, resolution=32)
+    assert clip.shape == (3, 4, 32, 32)
+    assert clip[0, :, 0, 0].tolist() == [0, 40, 100, 140]
+    frames[3].save("still.png")
+    still = decode_clip(tmp_path / "still.png", name="still", frames=4, resolution=32)
+    assert (still == still[:, :1]).all()
+    told = polypatch("apply", "video", "clip.webp", "--out", "o", "--format", "json",
+                     "--resolution", "32", "--top", "3")  # fmt: skip
+    assert told.code == 0, told.err
+    (row,) = json.loads((tmp_path / "o" / "predictions.json").read_text())
+    looks = model.preprocessing
+    side = round(min(40, 48) * looks.crop)
+    assert side < 40, "the crop is tested, too"
+    cut = decode_clip(tmp_path / "clip.webp", name="c", frames=model.frames, resolution=32,
+                      crop=looks.crop, interpolation=looks.interpolation)  # fmt: skip
+    x = torch.from_numpy(cut.copy()).float() / 255
+    x = normalise(x.transpose(0, 1), looks.mean, looks.std).transpose(0, 1)
+    with torch.no_grad():
+        wanted = model(x[None]).softmax(1)[0].sort(descending=True).values
+    got = [guess["probability"] for guess in row["predictions"]]
+    assert got == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert "GFLOP" in polypatch("inspect", "video").out
