@@ -628,7 +628,8 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     published = {tuple(v.dims): v.heads for v in VARIANTS.values()}
     candidates = (published.get(tuple(dims), 0), *range(max(1, dims[0] // 32), 0, -1))
     heads = next(h for h in candidates if h and not any(dim % h for dim in dims))
-    ratios = [shapes[f"blocks.0.blocks.{i}.0.mlp.fc1.weight"][0] / dims[i] for i in range(count)]
+    hidden = [shapes[f"blocks.0.blocks.{i}.0.mlp.fc1.weight"][0] for i in range(count)]
+    ratios = [_ratio(width, dim) for width, dim in zip(hidden, dims)]
     depths = [
         [
             *(_count(shapes, rf"blocks\.{k}\.blocks\.{i}\.(\d+)\.") for i in range(count)),
@@ -662,6 +663,12 @@ def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
     """One more than the largest number that the pattern's group finds at the start of a name."""
     found = (re.match(pattern, name) for name in shapes)
     return max((int(match.group(1)) + 1 for match in found if match), default=0)
+
+
+def _ratio(hidden: int, dim: int) -> float:
+    """hidden / dim, so that the authors' ``int(dim * ratio)`` gives ``hidden`` again."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _norm_name(eps: float) -> str:

@@ -35,7 +35,7 @@ every stage (``stage_norms``; as they wire it, a stage's dim grows with its head
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -333,7 +333,7 @@ class CSWin(Backbone):
         self.dims, self.dim, self.heads, self.stripes, self.whole = (
             dims, dims[-1], heads, stripes, whole
         )  # fmt: skip
-        self.mlp_ratio, self.scale, self.lepe = mlp_ratio, scale, lepe
+        self.mlp_ratio, self.qkv_bias, self.scale, self.lepe = mlp_ratio, qkv_bias, scale, lepe
         self.stem = Embed(dim=channels, out=dims[0], kernel=7, stride=4, padding=2)
         self.merges = nn.ModuleList(
             Embed(dim=dim, out=out, kernel=3, stride=2, padding=1) for dim, out in pairwise(dims)
@@ -417,14 +417,13 @@ class CSWin(Backbone):
 
 @dataclass(frozen=True)
 class Variant:
-    """``stripes``: their widths in the first three stages (the fourth attends over its whole map,
-    the authors' fourth number says nothing); ``drop_path`` of the authors' recipe for these
-    weights."""
+    """Sizes of the four stages; the fourth one's stripes say nothing, as it attends over its whole
+    map. ``drop_path`` is the authors' recipe's."""
 
     dim: int
-    depths: tuple[int, int, int, int]
-    heads: tuple[int, int, int, int]
-    stripes: tuple[int, int, int, int]
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    stripes: tuple[int, ...]
     drop_path: float
     resolution: int = 224
 
@@ -586,14 +585,19 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
 
     Heads and stripes are those of the published variant of that dim and depth, at 224 pixels where
     it was published at two sizes; of another size, heads of 32 channels and stripes of 1, 2 and 7.
-    ``img_size`` is then a size at which the stages that attend over their whole map do so.
+    ``img_size`` is one at which those stages attend over their whole map that do so.
     """
-    shapes = encoder_of(shapes)
+    return configuration(encoder_of(shapes), VARIANTS.values())
+
+
+def configuration(
+    shapes: Mapping[str, tuple[int, ...]], variants: Iterable[Variant]
+) -> dict[str, Any] | None:
+    """:func:`recognise`, with the variants to choose from."""
     firsts = [f"stage{n + 1}.0" for n in range(STAGES)]
-    wanted = {"stage1_conv_embed.0.weight", "merge3.conv.weight", f"{firsts[0]}.mlp.fc1.weight"}
-    wanted |= {
-        f"{first}.{part}" for first in firsts for part in ("qkv.weight", "attns.0.get_v.weight")
-    }
+    wanted = {"stage1_conv_embed.0.weight", "merge3.conv.weight", f"{firsts[3]}.mlp.fc1.weight"}
+    wanted |= {f"{first}.qkv.weight" for first in firsts}
+    wanted |= {f"{first}.attns.0.get_v.weight" for first in firsts}
     if not wanted <= shapes.keys() or any("content_attn" in name for name in shapes):
         return None
     dims = [shapes[f"{first}.qkv.weight"][1] for first in firsts]
@@ -601,22 +605,23 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         len({name.split(".")[1] for name in shapes if name.startswith(f"stage{n + 1}.")})
         for n in range(STAGES)
     ]
-    known = next(
-        (v for v in VARIANTS.values() if (v.dim, list(v.depths)) == (dims[0], depths)), None
-    )
-    first = next(h for h in range(max(2, dims[0] // 32 // 2 * 2), 0, -1) if dims[0] % h == 0)
-    heads = list(known.heads) if known else [first * dim // dims[0] for dim in dims]
-    split = list(known.stripes) if known else [1, 2, 7, 7]
-    size = known.resolution if known else 224
-    whole = [n for n in range(STAGES - 1) if f"{firsts[n]}.attns.1.get_v.weight" not in shapes]
-    if whole:
-        size = split[whole[-1]] * (4 << whole[-1])
+    known = next((v for v in variants if (v.dim, list(v.depths)) == (dims[0], depths)), None)
+    if known:
+        size, split, heads = known.resolution, list(known.stripes), list(known.heads)
+    else:
+        most = max(2, dims[0] // 64 * 2)  # an even number, of about 32 channels each
+        first = next(h for h in range(most, 0, -1) if dims[0] % h == 0)
+        size, split, heads = 224, [1, 2, 7, 7], [first * dim // dims[0] for dim in dims]
+    whole = [f"{first}.attns.1.get_v.weight" not in shapes for first in firsts[:-1]]
+    for n in range(STAGES - 1):
+        if whole[n]:
+            size = split[n] * (4 << n)
     for n in range(STAGES - 1):
         side = size // (4 << n)
-        if n in whole:
+        if whole[n]:
             split[n] = side
         elif split[n] == side:
-            split[n] = max(1, side // 2)
+            split[n] = side + 1
     head = shapes.get("head.weight")
     return {
         "img_size": size,
@@ -645,6 +650,13 @@ def network(config: Mapping[str, Any]) -> CSWin:
     Raises:
         PolypatchError: settings that this network doesn't have.
     """
+    model = CSWin(**arguments(config), stage_norms=bool(config.get("stage_norms", False)))
+    model.preprocessing = preprocessing_at(config.get("img_size", 224))
+    return model.checkpointed(config.get("use_chk", False))
+
+
+def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of :class:`CSWin` for a configuration of :func:`network`'s."""
     for name in ("hybrid_backbone", "norm_layer"):
         if config.get(name) not in (None, "LayerNorm", "nn.LayerNorm"):
             raise PolypatchError(f"there is no CSWin with {name}={config[name]!r}")
@@ -652,29 +664,25 @@ def network(config: Mapping[str, Any]) -> CSWin:
     if not isinstance(heads, list | tuple) or not isinstance(stripes, list | tuple):
         raise PolypatchError("num_heads and split_size are lists with a number for each stage")
     dense = bool(config.get("stage_norms", False))
-    dim, size = config.get("embed_dim", 96), config.get("img_size", 224)
-    dims = [dim]
+    dims = [config.get("embed_dim", 96)]
     for now, then in pairwise(heads):
         dims.append(dims[-1] * (then // now if dense else 2))
     last_only = (False, False, False, True)
-    model = CSWin(
-        dims=tuple(dims),
-        depths=tuple(config.get("depth", (2, 2, 6, 2))),
-        heads=tuple(heads),
-        stripes=tuple(stripes),
-        whole=last_only if dense else whole_at(size, tuple(stripes)),
-        classes=config.get("num_classes", 0 if dense else 1000),
-        channels=config.get("in_chans", 3),
-        mlp_ratio=config.get("mlp_ratio", 4.0),
-        qkv_bias=dense or config.get("qkv_bias", True),
-        scale=config.get("qk_scale") or None,
-        dropout=config.get("drop_rate", 0.0),
-        attention_dropout=config.get("attn_drop_rate", 0.0),
-        drop_path=config.get("drop_path_rate", 0.0),
-        stage_norms=dense,
-    )
-    model.preprocessing = preprocessing_at(size)
-    return model.checkpointed(config.get("use_chk", False))
+    return {
+        "dims": tuple(dims),
+        "depths": tuple(config.get("depth", (2, 2, 6, 2))),
+        "heads": tuple(heads),
+        "stripes": tuple(stripes),
+        "whole": last_only if dense else whole_at(config.get("img_size", 224), tuple(stripes)),
+        "classes": config.get("num_classes", 0 if dense else 1000),
+        "channels": config.get("in_chans", 3),
+        "mlp_ratio": config.get("mlp_ratio", 4.0),
+        "qkv_bias": dense or config.get("qkv_bias", True),
+        "scale": config.get("qk_scale") or None,
+        "dropout": config.get("drop_rate", 0.0),
+        "attention_dropout": config.get("attn_drop_rate", 0.0),
+        "drop_path": config.get("drop_path_rate", 0.0),
+    }
 
 
 def from_official(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> CSWin:
@@ -703,7 +711,6 @@ def to_official(model: CSWin) -> dict[str, Tensor]:
 
 def official_config(model: CSWin) -> dict[str, Any]:
     """The configuration of :func:`network` that builds this network."""
-    block = model.stages[0][0]  # type: ignore[index]
     return {
         "img_size": model.preprocessing.resolution,
         "in_chans": model.stem.conv.in_channels,
@@ -713,7 +720,7 @@ def official_config(model: CSWin) -> dict[str, Any]:
         "split_size": list(model.stripes),
         "num_heads": list(model.heads),
         "mlp_ratio": model.mlp_ratio,
-        "qkv_bias": block.attention.qkv.bias is not None,
+        "qkv_bias": model.qkv_bias,
         "qk_scale": model.scale,
         "stage_norms": model.stage_norms is not None,
     }

@@ -97,6 +97,18 @@ def in_pieces(
     return torch.cat([function(part) for part in x.split(max(1, PIECE // widest))])
 
 
+def project(
+    x: Float[Tensor, "batch height width dim"], linear: nn.Linear
+) -> Float[Tensor, "batch height width out"]:
+    """``linear(x)``; of many places, on a CPU without gradients, as the 1×1 convolution that it is,
+    whose kernels need no separate pass for the bias (a quarter less time; few places: more)."""
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu
+    if plain or x.shape[:3].numel() < 512:
+        return linear(x)
+    weight = linear.weight[:, None, None].permute(0, 3, 1, 2)
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, linear.bias).permute(0, 2, 3, 1)
+
+
 class ConvReduction(nn.Module):
     """SRA's: one token for each full cell of ``ratio`` × ``ratio`` tokens."""
 
@@ -152,7 +164,7 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "batch height width dim"]
     ) -> Float[Tensor, "batch height width dim"]:
         sources = x.flatten(1, 2) if self.reduction is None else self.reduction(x)
-        q = self.q(x).flatten(1, 2).unflatten(-1, (self.heads, -1))
+        q = project(x, self.q).flatten(1, 2).unflatten(-1, (self.heads, -1))
         k, v = self.kv(sources).unflatten(-1, (2, self.heads, -1)).unbind(2)
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -161,7 +173,7 @@ class Attention(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
             scale=self.scale,
         )
-        return self.proj(mixed.transpose(1, 2).reshape(x.shape))
+        return project(mixed.transpose(1, 2).reshape(x.shape), self.proj)
 
 
 class FeedForward(nn.Module):
@@ -180,11 +192,11 @@ class FeedForward(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch height width dim"]
     ) -> Float[Tensor, "batch height width dim"]:
-        x = self.fc1(x)
+        x = project(x, self.fc1)
         if self.rectified:
             x = fresh.relu(x)
         x = fresh.gelu(self.depthwise(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        return self.fc2(F.dropout(x, self.dropout, self.training))
+        return project(F.dropout(x, self.dropout, self.training), self.fc2)
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from polypatch import PolypatchError, create
+from polypatch import PolypatchError, create, load
 from polypatch.backbones import crossvit
 from polypatch.backbones.crossvit import CrossViT, build, drop_rates, network, recognise
 from polypatch.backbones.crossvit_embedding import embedding
@@ -389,6 +389,16 @@ def test_files_without_a_head_load():
     again = crossvit.from_official({**found, **{"num_heads": [2, 3]}}, state)
     image = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(again(image), model.pooled(image))
+
+
+def test_a_released_file_loads_by_its_variant(tmp_path):
+    model = lively(build("crossvit-nano", classes=4))
+    torch.save(crossvit.to_official(model), tmp_path / "crossvit.pth")
+    loaded = load(tmp_path / "crossvit.pth", config={"patch_size": [3, 4], "img_size": [33, 32]})
+    assert (loaded.paper, loaded.variant) == ("crossvit", "crossvit-nano")
+    assert loaded.preprocessing.resolution == 33
+    image = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(loaded.model(image), model(image))
 
 
 def test_other_networks_are_not_recognised():
