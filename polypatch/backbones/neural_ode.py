@@ -33,11 +33,11 @@ Traps:
 * A host with trained weights computes something else afterwards, and must be trained on.
 * Reducers (token merging) act behind a layer, there being no place between attention and MLP.
 
-Not verified: the authors published no code, and of the paper's numbers little is known here. Image
-classification was DeiT-Ti on CIFAR-100; that the two fields have a norm each follows from the
-parameters being the usual ones, ``shared_norm=True`` has one for both. Which solvers, with how many
-steps over which interval, is not known; the gradients here are those of the steps that were taken,
-not of an adjoint equation.
+Not verified: the authors published no code, and what the paper holds beyond its abstract is known
+here from accounts of it only: images are classified by DeiT-Ti on CIFAR-100, layers share weights
+in groups. That the two fields have a norm each is taken from the usual layer, whose parameters it
+keeps; ``shared_norm=True`` has one for both. Which solvers, with how many steps over which
+interval, is not known. Gradients are those of the steps taken, not of an adjoint equation.
 """
 
 from __future__ import annotations

@@ -371,9 +371,7 @@ class StateSpace(nn.Module):
             -_exact(self.A_log).exp(),
             B.unflatten(-1, (self.groups, -1)),
             C.unflatten(-1, (self.groups, -1)),
-            D=self.D
-            if len(self.D) == len(self.A_log)
-            else self.D.unflatten(0, (-1, self.head_dim)),
+            D=skip,
             state=state,
         )
         y = gated_norm(

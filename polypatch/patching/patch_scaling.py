@@ -19,9 +19,10 @@ as only the last token has seen everything. Each block is, with M the Mamba-2 mi
 so that the first patches, too, know something of the image. For the same reason some blocks read
 the patches backwards; the class token stays last. Its output, normed, is classified.
 
-**Which blocks read backwards.** The papers say every other one (``flips="alternating"``). The
-authors' code asks for ``n // 2 == 1``, which is blocks 2 and 3 of any depth; the published weights
-were trained so, and it is the default, ``flips="published"``.
+**Which blocks read backwards.** Adventurer's paper turns the sequence between every two layers, so
+that it is every other block (``flips="alternating"``). The authors' code asks for ``n // 2 == 1``,
+which is blocks 2 and 3 of any depth; the weights were published with that code, and it is the
+default, ``flips="published"``.
 
 **Positions at another size.** The table has a row per patch and the class token's row *last*. The
 network interpolates the patches' rows (bicubic) to any grid; :meth:`Adventurer.resize` makes that
@@ -35,9 +36,9 @@ huge), 100 at 224 (50), 20 of finetuning (50), with drop-path rates of 0.1 (larg
 Block i of d gets ``linspace(0, rate, d)[i - 1]``, the first two nothing. Large is finetuned with
 layer-wise learning rates: :func:`learning_rate_scales`.
 
-Traps: patches that don't fill their side are dropped; an encoder for patches of 1 has a third of
-its weights in the position table; the tables' sides are those of a square in the authors' code.
-The paper's further results, on segmentation and detection, use these encoders as they are.
+Traps: patches that don't fill their side are dropped; at patches of 1 a quarter to a half of the
+weights are positions; the tables' sides are those of a square in the authors' code. The paper's
+further results, on segmentation and detection, use these encoders as they are.
 """
 
 from __future__ import annotations
@@ -183,6 +184,16 @@ def backwards(x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch toke
     return torch.cat([x[:, :-1].flip(1), x[:, -1:]], 1)
 
 
+def _grid(resolution: int | tuple[int, int], patch: int) -> tuple[int, int]:
+    """Rows and columns of whole patches."""
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if patch < 1 or min(height, width) < patch:
+        raise PolypatchError(
+            f"patches of {patch} pixels a side don't fit into {height}×{width} pixels"
+        )
+    return height // patch, width // patch
+
+
 class Adventurer(Backbone):
     """The causal encoder.
 
@@ -216,13 +227,8 @@ class Adventurer(Backbone):
         super().__init__()
         if flips not in FLIPS:
             raise PolypatchError(f"there is no flips={flips!r}{suggest(flips, FLIPS)}")
-        height, width = (resolution,) * 2 if isinstance(resolution, int) else resolution
-        if patch < 1 or min(height, width) < patch:
-            raise PolypatchError(
-                f"patches of {patch} pixels a side don't fit into {height}×{width} pixels"
-            )
         self.dim, self.patch, self.flips = dim, patch, flips
-        self.grid = (height // patch, width // patch)
+        self.grid = _grid(resolution, patch)
         self.drop_path, self.dropout = drop_path, dropout
         self.patching = nn.Conv2d(channels, dim, patch, stride=patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -289,12 +295,7 @@ class Adventurer(Backbone):
         Raises:
             PolypatchError: an input smaller than a patch.
         """
-        height, width = (resolution,) * 2 if isinstance(resolution, int) else resolution
-        if min(height, width) < self.patch:
-            raise PolypatchError(
-                f"patches of {self.patch} pixels a side don't fit into {height}×{width} pixels"
-            )
-        grid = (height // self.patch, width // self.patch)
+        grid = _grid(resolution, self.patch)
         with torch.no_grad():
             table = resize_positions(self.position, self.grid, grid, leading=shifted)
         self.position, self.grid = nn.Parameter(table), grid
