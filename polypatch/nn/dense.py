@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +80,7 @@ class Segmenter(nn.Module):
         logits = F.interpolate(logits, size=padded.shape[-2:], mode="bilinear", align_corners=False)
         return logits[..., : size[0], : size[1]]
 
-    def checkpointed(self, on: bool = True) -> Self:
+    def checkpointed(self, on: bool = True) -> Segmenter:
         self.backbone.checkpointed(on)  # type: ignore[operator]
         return self
 

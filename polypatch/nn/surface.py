@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -167,12 +167,12 @@ class Backbone(nn.Module):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
-    def checkpointed(self, on: bool = True) -> Self:
+    def checkpointed(self, on: bool = True) -> Backbone:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self._checkpointed = on
         return self
 
-    def channels_last(self) -> Self:
+    def channels_last(self) -> Backbone:
         """Keep the weights of convolutions in the layout of channels-last maps, so that they aren't
         reordered in every call."""
         return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

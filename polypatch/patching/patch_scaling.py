@@ -47,7 +47,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -286,7 +286,7 @@ class Adventurer(Backbone):
                 maps.append(FeatureMap(placed.transpose(1, 2).unflatten(2, grid), self.patch))
         return maps
 
-    def resize(self, resolution: int | tuple[int, int], *, shifted: bool = False) -> Self:
+    def resize(self, resolution: int | tuple[int, int], *, shifted: bool = False) -> Adventurer:
         """Make the positions those of another input size, for training on.
 
         Args:
