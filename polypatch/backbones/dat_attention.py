@@ -115,7 +115,7 @@ def relative_bias_by_windows(
 
 class TableBias(nn.Module):
     """``"table"``: see :func:`relative_bias`. The table is for a map of ``size`` but is read at
-    relative places, so any other size goes."""
+    relative places, so any other size goes. ``inside``: all points are known to lie in [-1, 1]."""
 
     def __init__(self, *, heads: int, size: tuple[int, int], conference: bool) -> None:
         super().__init__()
@@ -129,12 +129,12 @@ class TableBias(nn.Module):
         self,
         points: Float[Tensor, "batch groups rows columns 2"],
         size: tuple[int, int],
-        bounded: bool,
+        inside: bool,
     ) -> Float[Tensor, "batch heads queries points"]:
         points = points.flatten(2, 3)
         own = self.table.shape[1:] == (2 * size[0] - 1, 2 * size[1] - 1)
         # The windows' gradient would need a tensor of all windows.
-        if own and bounded and not self.conference and not torch.is_grad_enabled():
+        if own and inside and not self.conference and not torch.is_grad_enabled():
             return relative_bias_by_windows(self.table, points)
         return relative_bias(self.table, points, size, conference=self.conference)
 
@@ -155,7 +155,7 @@ class FixedBias(nn.Module):
         self,
         points: Float[Tensor, "batch groups rows columns 2"],
         size: tuple[int, int],
-        bounded: bool,
+        inside: bool,
     ) -> Float[Tensor, "1 heads queries points"]:
         table, keys = self.table, (points.shape[2], points.shape[3])
         if keys != self.keys:
@@ -180,7 +180,7 @@ class LogBias(nn.Module):
         self,
         points: Float[Tensor, "batch groups rows columns 2"],
         size: tuple[int, int],
-        bounded: bool,
+        inside: bool,
     ) -> Float[Tensor, "batch heads queries points"]:
         query = query_points(size, like=points).flatten(0, 1)
         step = (query[:, None] - points.flatten(2, 3)[:, :, None]) * 4

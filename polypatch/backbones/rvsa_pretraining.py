@@ -105,17 +105,16 @@ def adopt(model: RVSA, source: ViT | Mapping[str, Tensor]) -> list[str]:
     if isinstance(source, ViT):
         theirs, places = _of_host(source, model)
     else:
-        theirs, places = dict(source), source.get("pos_embed")
+        theirs = {name.removeprefix("encoder."): value for name, value in source.items()}
+        places = theirs.pop("pos_embed", None)
         if places is not None:
             places = _resampled(places, model.grid)
-    theirs = {name.removeprefix("encoder."): value for name, value in theirs.items()}
     left = ("decoder_", "mask_token", "cls_token", "head.")
     theirs = {name: value for name, value in theirs.items() if not name.startswith(left)}
     theirs = _with_biases_of(model, theirs)
     for name, value in theirs.items():
         if ".PCM." in name and value.ndim == 4 and value.shape[-1] == 1:
             theirs[name] = F.pad(value, (1, 1, 1, 1))
-    theirs.pop("pos_embed", None)
     if places is not None and model.position is not None:
         theirs["pos_embed"] = F.pad(places, (0, 0, model.spare, 0))
     names = keymap(model)

@@ -24,7 +24,7 @@ from .evaluation import differences, spread
 
 RESOLUTION = 8
 PATCHES = (4, 2, 1)
-STEPS = 240
+STEPS = 160
 
 
 def experiment(lab: Lab) -> Evidence:

@@ -124,19 +124,19 @@ def _segment(
 
     tiny = torch.finfo(x.dtype).tiny
     fall = (dt * A).clamp_min(math.log(tiny)).cumsum(2)
-    # exp(fall_i - rise_j) = exp(c_i - c_j) dt_j: the pace needs no pass over the matrix.
-    rise = fall - dt.clamp_min(tiny).log()
+    # exp(fall_i + rise_j) = exp(c_i - c_j) dt_j: the pace needs no pass over the matrix.
+    rise = dt.clamp_min(tiny).log() - fall
 
     # Within the chunks: (batch, chunk, heads, q, q) @ (batch, chunk, heads, q, head_dim).
     above = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-    exponent = fall.transpose(2, 3)[..., :, None] - rise.transpose(2, 3)[..., None, :]
+    exponent = fall.transpose(2, 3)[..., :, None] + rise.transpose(2, 3)[..., None, :]
     weights = exponent.masked_fill_(above, -math.inf).exp_()
     alike = C.transpose(2, 3) @ B.permute(0, 1, 3, 4, 2)
     weights = _times(weights.unflatten(2, (groups, -1)), alike[:, :, :, None]).flatten(2, 3)
     inside = (weights @ x.transpose(2, 3)).transpose(2, 3)
 
     # What each chunk leaves behind, and what it finds: (batch, chunk, groups, state, …).
-    left = x * (fall[:, :, -1:] - rise).exp()[..., None]
+    left = x * (fall[:, :, -1:] + rise).exp()[..., None]
     left = left.reshape(batch, chunks, size, groups, -1).transpose(2, 3)
     left = (B.permute(0, 1, 3, 4, 2) @ left).unflatten(-1, (-1, head_dim))
     kept = fall[:, :, -1].exp().view(batch, chunks, groups, 1, -1, 1)

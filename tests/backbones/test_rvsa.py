@@ -1,4 +1,4 @@
-"""RVSA: windows that move, stretch and turn against slow versions; ViTAE; dense maps; pre-training."""
+"""RVSA: moving windows against slow versions; ViTAE; dense maps; pre-training; weights."""
 
 from __future__ import annotations
 
@@ -415,7 +415,8 @@ def test_the_authors_pretrained_weights():
     """Of ViTAE with 1 × 1 kernels, for another grid and a network without biases."""
     source = lived_in(
         RVSA(
-            dim=16, depth=2, heads=2, patch=4, resolution=(20, 20), interval=1, local=True, classes=0
+            dim=16, depth=2, heads=2, patch=4, resolution=(20, 20), interval=1, local=True,
+            classes=0,
         )
     )  # fmt: skip
     theirs = {
