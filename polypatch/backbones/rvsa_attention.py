@@ -28,7 +28,7 @@ def around(side: int, window: int) -> tuple[int, int]:
 
 
 def sampling_points(
-    geometry: Float[Tensor, "batch rows columns sets*heads*5"],
+    geometry: Tensor,
     *,
     sets: int,
     heads: int,
