@@ -73,10 +73,10 @@ def balanced_clusters(
     weight = torch.linalg.vector_norm(x, dim=-1)
     unit = x / weight.clamp_min(1e-12)[..., None]
     order = torch.arange(filled, device=x.device).clamp_max(tokens).expand(groups, -1)
-    counts = [tokens]  # tokens in each of the clusters that one of the groups has
+    counts = [tokens]  # of each of a group's clusters, as far as it is cut
     with torch.autocast(x.device.type, enabled=False):
         for _ in range(levels):
-            # once more as many groups as clusters: (groups · clusters, length, dim)
+            # unit: (groups · clusters so far, places in each, dim)
             many, length, _ = unit.shape
             half = length // 2
             sums = weight.reshape(2 * many, 1, half) @ unit.reshape(2 * many, half, dim)

@@ -83,7 +83,7 @@ def shift_mask(
     for side in size:
         place = torch.arange(side, device=like.device)
         # 0: windows that are whole; 1, 2: the two parts of the last one
-        regions.append((place >= side - window).long() + (place >= side - shift).long())
+        regions.append((place >= side - window).to(like) + (place >= side - shift).to(like))
     region = (3 * regions[0][:, None] + regions[1])[None, :, :, None]
     region = windows_of(region, (window, window))[..., 0]
     apart = region[:, :, None] != region[:, None]

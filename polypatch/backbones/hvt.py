@@ -23,8 +23,8 @@ sequence are spread along it to all patches, resampled as a map (bicubic, antial
 the centres of the new tokens; for the native grid that gives the table itself. Dense maps show at
 each patch the token whose centre is nearest along the sequence.
 
-The paper compares max pooling with average pooling and a convolution (``pooling``); its code has
-the first alone, so the convolution's form (dim → dim, with bias, same kernel and stride) is ours.
+``pooling`` offers average pooling and a strided convolution (dim → dim, with bias) to compare with;
+the authors' code has max pooling alone, and there are no weights for the others.
 """
 
 from __future__ import annotations

@@ -155,7 +155,9 @@ def relative_bias(
             rows = rows_of(table, grid[axis], keys[axis]).to(q.dtype)
             moved = q.movedim(1 + axis, 1)  # each place on the axis has a matrix of its own
             part = moved.flatten(2, -2) @ rows.transpose(1, 2)
-            part = part.reshape(*moved.shape[:-1], keys[axis]).movedim(1, 1 + axis)
+            # Transposed before it is unflattened: ONNX optimisers take the two reshapes around a
+            # product away where the shapes allow it, which on square maps gives other numbers.
+            part = part.transpose(1, 2).unflatten(1, moved.shape[2:-1]).movedim(-2, 1 + axis)
             shape = [1, 1, 1]
             shape[axis] = keys[axis]
             parts.append(part.unflatten(-1, shape))

@@ -27,24 +27,41 @@ def around(side: int, window: int) -> tuple[int, int]:
     return lacking // 2, lacking - lacking // 2
 
 
+def window_means(
+    x: Float[Tensor, "batch height width dim"], window: int
+) -> Float[Tensor, "batch rows columns dim"]:
+    """Means over windows, of a map with zeros :func:`around` it; as two products with matrices of
+    ones, which spare the padded copy."""
+
+    def sums(side: int) -> Tensor:
+        place = (torch.arange(side, device=x.device) + around(side, window)[0]) // window
+        rows = torch.arange(-(-side // window), device=x.device)
+        return (place == rows[:, None]).to(x.dtype)
+
+    height, width = x.shape[1:3]
+    x = (sums(height) @ x.flatten(2)).unflatten(2, (width, -1))
+    return sums(width) @ x / window**2
+
+
 def sampling_points(
-    geometry: Tensor,
+    geometry: Float[Tensor, "batch rows columns numbers"],
     *,
     sets: int,
     heads: int,
     window: int,
     size: tuple[int, int],
-) -> Float[Tensor, "batch*heads*sets windows cells 2"]:
-    """Where each window reads keys and values, x before y, in [-1, 1] over the padded map (the
-    corners' centres), as ``grid_sample`` wants it; cells row by row.
+) -> Float[Tensor, "batch sets heads windows cells 2"]:
+    """Where each window reads keys and values: x before y, cells row by row, in the units of
+    ``grid_sample`` without ``align_corners``, in which the map's outer edges are -1 and 1.
 
     Args:
         geometry: of each set (one; or two, for keys and for values): shift (x, y) of every head,
-            then stretch (x, y) of every head, then the angles in radians.
-        size: of the map before padding, by which shifts are divided: the shift in x by the windows
-            in a *column*, that in y by those in a row, as the authors' code has it.
+            then stretch (x, y) of every head, then the angles in radians. Shifts are in units of
+            half the padded map, between the centres of its outer cells, and are divided by windows:
+            in x by those in a *column*, in y by those in a row, as the authors' code has it.
+        size: of the map, without what is :func:`around` it.
     """
-    batch, rows, columns, _ = geometry.shape
+    rows, columns = geometry.shape[1:3]
     geometry = geometry.unflatten(-1, (sets, 5 * heads)).permute(0, 3, 4, 1, 2)
     pair, angle = geometry.split([4 * heads, heads], 2)
     shift, stretch = pair.unflatten(2, (2, heads, 2)).unbind(2)  # batch sets heads 2 rows columns
@@ -56,6 +73,11 @@ def sampling_points(
         places = torch.arange(max(count, window), device=geometry.device, dtype=geometry.dtype)
         return (places[:count] * window + middle) * step - 1, (places[:window] - middle) * step
 
+    def on_map(points: Tensor, count: int, side: int) -> Tensor:
+        """From centres of the padded map's outer cells to edges of the map itself."""
+        scale = (count * window - 1) / side
+        return points * scale + (scale + (1 - 2 * around(side, window)[0]) / side - 1)
+
     (y, dy), (x, dx) = axis(rows), axis(columns)
     cosine, sine = (f(angle)[..., None, None] for f in (torch.cos, torch.sin))
     wide = dx * (1 + stretch[:, :, :, 0, ..., None, None])
@@ -64,12 +86,12 @@ def sampling_points(
     shift_y = shift[:, :, :, 1] / max(1, size[1] // window) + y[:, None]
     points = torch.stack(
         [
-            wide * cosine - tall * sine + shift_x[..., None, None],
-            wide * sine + tall * cosine + shift_y[..., None, None],
+            on_map(wide * cosine - tall * sine + shift_x[..., None, None], columns, size[1]),
+            on_map(wide * sine + tall * cosine + shift_y[..., None, None], rows, size[0]),
         ],
         -1,
     )  # batch sets heads rows columns window window 2
-    return points.transpose(1, 2).reshape(batch * heads * sets, rows * columns, window * window, 2)
+    return points.flatten(5, 6).flatten(3, 4)
 
 
 def table_bias(
@@ -104,12 +126,10 @@ class Attention(nn.Module):
         self.rel_height = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
         self.rel_width = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
 
-    def project(self, x: Float[Tensor, "batch height width dim"]) -> Tensor:
-        """Queries, keys and values side by side, heads within each."""
-        bias = self.qkv.bias
+    def biases(self) -> Float[Tensor, " triple"] | None:
         if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        return F.linear(x, self.qkv.weight, bias)
+            return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return self.qkv.bias
 
     def out(self, x: Float[Tensor, "batch height width dim"]) -> Tensor:
         x = self.proj(x)
@@ -151,7 +171,8 @@ class FullAttention(Attention):
         self, x: Float[Tensor, "batch height width dim"]
     ) -> Float[Tensor, "batch height width dim"]:
         height, width = x.shape[1:3]
-        q, k, v = self.project(x).flatten(1, 2).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        qkv = F.linear(x.flatten(1, 2), self.qkv.weight, self.biases())
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
         size = (1, height, width)
         across = self.rel_width[: 2 * min(self.grid) - 1]
         tables = (None, self.rel_height * self.scale, across * self.scale)
@@ -199,44 +220,62 @@ class WindowAttention(Attention):
         self.sample.reset_parameters()
 
     def points(
-        self, x: Float[Tensor, "batch tall wide dim"], size: tuple[int, int]
-    ) -> Float[Tensor, "batch*heads*sets windows cells 2"]:
-        """Where keys and values are read, from the padded input; in float32, as bfloat16 can't
-        tell neighbouring cells of large maps."""
-        means = F.avg_pool2d(x.permute(0, 3, 1, 2), self.window).permute(0, 2, 3, 1)
-        geometry = self.sample(F.leaky_relu(means)).float()
+        self, x: Float[Tensor, "batch height width dim"]
+    ) -> Float[Tensor, "batch sets heads windows cells 2"]:
+        """Where keys and values are read; in float32, as bfloat16 can't tell neighbouring cells of
+        large maps."""
+        geometry = self.sample(F.leaky_relu(window_means(x, self.window))).float()
         return sampling_points(
-            geometry, sets=self.sets, heads=self.heads, window=self.window, size=size
+            geometry,
+            sets=self.sets,
+            heads=self.heads,
+            window=self.window,
+            size=(x.shape[1], x.shape[2]),
         )
+
+    def keys_and_values(
+        self, x: Float[Tensor, "batch height width dim"]
+    ) -> Float[Tensor, "batch twice height width"]:
+        """Channels first, as ``grid_sample`` wants them: so they come out of the product, where a
+        copy in another order would cost half as much again."""
+        batch, height, width, dim = x.shape
+        weight, bias = self.qkv.weight[dim:].expand(batch, -1, -1), self.biases()
+        tokens = x.flatten(1, 2).transpose(1, 2)
+        if bias is None:
+            maps = torch.bmm(weight, tokens)
+        else:
+            maps = torch.baddbmm(bias[dim:, None].to(x.dtype), weight, tokens)
+        return maps.unflatten(2, (height, width))
 
     def forward(
         self, x: Float[Tensor, "batch height width dim"]
     ) -> Float[Tensor, "batch height width dim"]:
         batch, height, width, dim = x.shape
-        window, (above, below), (left, right) = (
-            self.window, around(height, self.window), around(width, self.window),
-        )  # fmt: skip
+        window, heads = self.window, self.heads
+        (above, below), (left, right) = around(height, window), around(width, window)
+        points = self.points(x).expand(-1, 2, -1, -1, -1, -1)
+        # Zeros beyond the map, so nothing has to be put around it.
+        maps = self.keys_and_values(x).unflatten(1, (2 * heads, -1)).flatten(0, 1)
+        read = F.grid_sample(maps.float(), points.flatten(0, 2), align_corners=False)
+        read = read.to(maps.dtype).unflatten(0, (batch, 2, heads)).permute(1, 0, 4, 2, 5, 3)
+        k, v = read.reshape(2, -1, heads, window**2, dim // heads).contiguous().unbind(0)
 
-        def padded(maps: Tensor) -> Tensor:
-            return F.pad(maps, (0, 0, left, right, above, below)) if below or right else maps
-
-        points = self.points(padded(x), (height, width))
-        qkv = padded(self.project(x))  # nothing stands beyond the map, not even a bias
-        tall, wide = qkv.shape[1:3]
-        maps = qkv[..., dim:].unflatten(-1, (2, self.heads, -1)).permute(0, 4, 3, 5, 1, 2)
-        maps = maps.reshape(batch * self.heads * self.sets, -1, tall, wide)
-        read = F.grid_sample(maps.float(), points, align_corners=True).to(maps.dtype)
-        read = read.reshape(batch, self.heads, 2, -1, *points.shape[1:3])
-        k, v = read.permute(2, 0, 4, 1, 5, 3).flatten(1, 2).unbind(0)
-        q = windows_of(qkv[..., :dim], (window, window)).unflatten(-1, (self.heads, -1))
+        bias = self.biases()
+        q = F.linear(x, self.qkv.weight[:dim], None if bias is None else bias[:dim])
+        if below or right:
+            q = F.pad(q, (0, 0, left, right, above, below))
+        tall, wide = q.shape[1:3]
+        q = windows_of(q, (window, window)).unflatten(-1, (heads, -1))
         size = (1, window, window)
-        bias = relative_bias(q, size, size, (None, self.rel_height, self.rel_width))
+        places = relative_bias(q, size, size, (None, self.rel_height, self.rel_width))
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k,
             v,
-            attn_mask=bias + table_bias(self.table, window).to(bias.dtype),
+            attn_mask=places + table_bias(self.table, window).to(places.dtype),
             scale=self.scale,
         )
         mixed = merge_windows(mixed.transpose(1, 2).flatten(2), (window, window), (tall, wide))
-        return self.out(mixed[:, above : above + height, left : left + width])
+        if below or right:
+            mixed = mixed[:, above : above + height, left : left + width].contiguous()
+        return self.out(mixed)

@@ -250,6 +250,7 @@ class TNT(Backbone):
         super().__init__()
         self.dim, self.patch, self.stride, self.resolution = dim, patch, stride, resolution
         self.scale, self.overlap, self.dropout, self.drop_path = scale, overlap, dropout, drop_path
+        self.preprocessing = replace(self.preprocessing, resolution=min(resolution))
         self.grid = (resolution[0] // patch, resolution[1] // patch)
         places = self.grid[0] * self.grid[1]
         if not places:
@@ -382,7 +383,7 @@ def assemble(
     channels: int = 3,
 ) -> TNT:
     """Wire a network without filling it."""
-    model = TNT(
+    return TNT(
         dim=variant.dim,
         inner_dim=variant.inner_dim,
         depth=variant.depth,
@@ -399,8 +400,6 @@ def assemble(
         attention_dropout=attention_dropout,
         drop_path=drop_path,
     )
-    model.preprocessing = replace(TNT.preprocessing, resolution=variant.resolution)
-    return model
 
 
 def build(

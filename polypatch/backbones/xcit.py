@@ -114,7 +114,8 @@ class XCiT(Backbone):
         taps: numbers of the blocks, from 1, behind which ``features`` looks; see :func:`taps_of`.
 
     Raises:
-        PolypatchError: a patch that is no power of two, heads that don't divide the width.
+        PolypatchError: a patch that is no power of two, heads that don't divide the width, taps
+            that are no blocks.
     """
 
     preprocessing = Preprocessing(crop=1.0)
@@ -150,7 +151,13 @@ class XCiT(Backbone):
             raise PolypatchError(f"{heads} heads don't divide a width of {dim}")
         if class_depth < 1:
             raise PolypatchError("without class attention the class token would see no image")
-        self.dim, self.patch, self.gain = dim, patch, gain
+        if not dim >> (steps - 1):
+            raise PolypatchError(f"a width of {dim} can't begin {steps - 1} times halved")
+        taps = tuple(sorted(taps or taps_of(depth)))
+        if not all(1 <= tap <= depth for tap in taps) or (pyramid and len(taps) > 4):
+            few = "up to four numbers" if pyramid else "numbers"
+            raise PolypatchError(f"taps are {few} of blocks from 1 to {depth}, got {taps}")
+        self.dim, self.patch, self.gain, self.taps = dim, patch, gain, taps
         self.use_position, self.tokens_norm = use_position, tokens_norm
         self.class_scale, self.dropout = class_scale, dropout
         widths = [channels, *(dim >> (steps - 1 - i) for i in range(steps))]
@@ -185,9 +192,8 @@ class XCiT(Backbone):
             )
             self.norm = nn.LayerNorm(dim, eps=EPS)
         self.head: nn.Module = nn.Linear(dim, classes) if classes else nn.Identity()
-        self.taps = taps or taps_of(depth)
-        strides = (4, 8, 16, 32) if pyramid else (patch,) * len(self.taps)
-        self.feature_info = tuple(FeatureInfo(dim, s) for _, s in zip(self.taps, strides))
+        strides = (4, 8, 16, 32) if pyramid else (patch,) * len(taps)
+        self.feature_info = tuple(FeatureInfo(dim, s) for _, s in zip(taps, strides))
         if pyramid:  # more than half of a cell of stride 32, or pooling would find nothing
             self.input_requirements = InputRequirements(minimum=33 - patch)
         self.stem_frozen = False

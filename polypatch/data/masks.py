@@ -136,7 +136,9 @@ def _parts(root: Path, spec: str, test_fraction: float) -> dict[str, list[Pair]]
     if len(pairs) < 2:
         raise PolypatchError(f"{spec} has one pair only; training and test need one each")
     keys = [unicodedata.normalize("NFC", image.stem) for image, _ in pairs]
-    test = set(hash_split(keys, np.zeros(len(pairs)), test_fraction=test_fraction).tolist())
+    test = set(
+        hash_split(keys, np.zeros(len(pairs), np.int64), test_fraction=test_fraction).tolist()
+    )
     return {
         "train": [pair for k, pair in enumerate(pairs) if k not in test],
         "test": [pair for k, pair in enumerate(pairs) if k in test],

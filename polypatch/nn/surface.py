@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,10 @@ __all__ = [
     "pad_to",
     "sample_shape",
 ]
+
+
+# Not Self: what checks shapes while the program runs can't read it.
+SomeBackbone = TypeVar("SomeBackbone", bound="Backbone")
 
 
 @dataclass(frozen=True)
@@ -167,12 +171,12 @@ class Backbone(nn.Module):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
-    def checkpointed(self, on: bool = True) -> Backbone:
+    def checkpointed(self: SomeBackbone, on: bool = True) -> SomeBackbone:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self._checkpointed = on
         return self
 
-    def channels_last(self) -> Backbone:
+    def channels_last(self: SomeBackbone) -> SomeBackbone:
         """Keep the weights of convolutions in the layout of channels-last maps, so that they aren't
         reordered in every call."""
         return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -252,7 +252,7 @@ def test_dropouts_act_in_training_only() -> None:
 
 
 @pytest.mark.parametrize("pooling", ["average", "convolution"])
-def test_the_poolings_that_max_is_compared_with(pooling) -> None:
+def test_other_poolings_than_the_authors(pooling) -> None:
     model = hvt.build("hvt-nano", classes=3, pooling=pooling).eval()
     assert model(torch.randn(2, 3, 32, 48)).shape == (2, 3)
     with pytest.raises(PolypatchError, match=f"pooling='{pooling}'"):

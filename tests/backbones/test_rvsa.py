@@ -68,7 +68,8 @@ def literal_windows(module: WindowAttention, x: Tensor) -> Tensor:
         return whole
 
     whole = padded(x)
-    q, k, v = (padded(part) for part in module.project(x).chunk(3, dim=-1))
+    qkv = F.linear(x, module.qkv.weight, module.biases())
+    q, k, v = (padded(part) for part in qkv.chunk(3, dim=-1))
     across = torch.tensor([rows * w - 1.0, columns * w - 1.0]) / 2  # cells to a unit, y and x
     out = torch.zeros_like(whole)
     for row, column, head in itertools.product(range(rows), range(columns), range(heads)):
@@ -136,15 +137,17 @@ def resting(module: WindowAttention, *, angle: float = 0.0, shift: float = 0.0) 
 
 
 def test_windows_at_rest_read_their_own_cells():
-    module = resting(windows())
-    x = torch.randn(1, 6, 9, 8)
-    points = module.points(x, (6, 9))
-    step_y, step_x = 2 / 5, 2 / 8
-    for number, (row, column) in enumerate(itertools.product(range(2), range(3))):
-        cells = points[0, number].view(3, 3, 2)
-        for i, j in itertools.product(range(3), range(3)):
-            wanted = torch.tensor([(column * 3 + j) * step_x - 1, (row * 3 + i) * step_y - 1])
-            torch.testing.assert_close(cells[i, j], wanted)
+    """Also where the map has zeros around it."""
+    for height, width in ((6, 9), (7, 4)):
+        module = resting(windows())
+        points = module.points(torch.randn(1, height, width, 8))[0, 0]
+        top, left = -height % 3 // 2, -width % 3 // 2
+        places = itertools.product(range(-(-height // 3)), range(-(-width // 3)))
+        for number, (row, column) in enumerate(places):
+            for cell, (i, j) in enumerate(itertools.product(range(3), range(3))):
+                y, x = row * 3 + i - top, column * 3 + j - left
+                wanted = torch.tensor([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1])
+                torch.testing.assert_close(points[0, number, cell], wanted)
 
 
 def test_a_quarter_turn_turns_what_is_read():
@@ -153,8 +156,8 @@ def test_a_quarter_turn_turns_what_is_read():
     x = torch.randn(1, 3, 3, 8)
 
     def read(module: WindowAttention, maps: Tensor) -> Tensor:
-        points = module.points(x, (3, 3))[:1]
-        return F.grid_sample(maps, points, align_corners=True).view(1, -1, 3, 3)
+        points = module.points(x)[0, 0, :1]
+        return F.grid_sample(maps, points, align_corners=False).view(1, -1, 3, 3)
 
     maps = torch.randn(1, 2, 3, 3)
     torch.testing.assert_close(read(still, maps), maps)
@@ -165,15 +168,12 @@ def test_a_shift_in_x_is_counted_in_windows_of_a_column():
     """The authors' code divides it by them: of twice as many the windows move half as far."""
     far = {}
     for height in (6, 12):
-        module = resting(windows(), shift=0.5)
-        points = module.points(torch.zeros(1, height, 9, 8), (height, 9))
-        still = resting(windows()).points(torch.zeros(1, height, 9, 8), (height, 9))
-        moved = points - still
+        x = torch.zeros(1, height, 9, 8)
+        moved = resting(windows(), shift=0.5).points(x) - resting(windows()).points(x)
         assert moved[..., 1].abs().max() < 1e-6
-        far[height] = (
-            moved[..., 0].unique().item() if moved[..., 0].std() == 0 else moved[0, 0, 0, 0]
-        )
-    assert float(far[6]) == pytest.approx(2 * float(far[12]), rel=1e-4)
+        far[height] = moved[..., 0].mean().item()
+        torch.testing.assert_close(moved[..., 0], torch.full_like(moved[..., 0], far[height]))
+    assert far[6] == pytest.approx(2 * far[12], rel=1e-4)
 
 
 def test_nothing_is_read_beyond_the_map():
@@ -208,7 +208,8 @@ def test_full_attention(grid):
     """Scaled queries meet the relative positions; fewer columns read the table's first entries."""
     module, (height, width) = full(grid), grid
     x = torch.randn(1, height, width, 8)
-    q, k, v = (part.flatten(0, 1) for part in module.project(x)[0].chunk(3, dim=-1))
+    qkv = F.linear(x[0], module.qkv.weight, module.biases()).flatten(0, 1)
+    q, k, v = qkv.chunk(3, dim=-1)
     cells = list(itertools.product(range(height), range(width)))
     heads = []
     for head in range(2):

@@ -270,6 +270,10 @@ def test_options():
         create("xcit-nano(heads=5)")
     with pytest.raises(PolypatchError, match="depth counts from 1"):
         create("xcit-nano(depth=0)")
+    with pytest.raises(PolypatchError, match="4 can't begin 3 times halved"):
+        create("xcit-nano(dim=4,patch=16)")
+    with pytest.raises(PolypatchError, match="numbers of blocks from 1 to 2"):
+        XCiT(dim=8, depth=2, heads=1, taps=(1, 3))
     with pytest.raises(PolypatchError, match="no image"):
         XCiT(dim=8, depth=1, heads=1, class_depth=0)
 

@@ -58,6 +58,7 @@ NOT_RUN_YET = {
     "neural-ode",
     "patch-scaling",
     "pvtv2",
+    "rvsa",
     "shvit",
     "three-things",
     "tnt",

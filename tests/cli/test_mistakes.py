@@ -28,7 +28,7 @@ CASES = [
     (["patches", "nowhere.jpg"], "there is no file nowhere.jpg"),
     (["patches", "nowhere.jpg", "--with", "quadtre"], "did you mean quadtree?"),
     (["patches", "nowhere.jpg", "--out", "x.bmp"], "neither .png nor .svg"),
-    (["claim", "drat"], "did you mean dart?"),
+    (["claim", "flexvit"], "did you mean flexivit?"),
     (["claim", "dart", "--seeds", "2"], "at least 3 seeds"),
 ]
 
