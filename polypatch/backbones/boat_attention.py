@@ -31,8 +31,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ..errors import PolypatchError
-from ..nn import DropPath, fresh
-from .cswin import Block, Pointwise
+from ..nn import DropPath, Linear, fresh
+from .cswin import Block
 
 __all__ = [
     "Bilateral",
@@ -151,9 +151,9 @@ class FeatureAttention(nn.Module):
         self.heads, self.cluster, self.overlap, self.scale = heads, cluster, overlap, scale
         self.attention_dropout, self.dropout = attention_dropout, dropout
         self.pair_across_batch = pair_across_batch
-        self.qkv = Pointwise(dim, 3 * dim, bias=bias)
+        self.qkv = Linear(dim, 3 * dim, bias=bias)
         self.lepe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.proj = Pointwise(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def clusters(
         self, qkv: Float[Tensor, "batch height width triple"]

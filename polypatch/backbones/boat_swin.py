@@ -38,6 +38,7 @@ from ..nn import (
     FeatureInfo,
     FeatureMap,
     KeyMap,
+    Linear,
     Preprocessing,
     Rule,
     merge_windows,
@@ -46,7 +47,7 @@ from ..nn import (
 )
 from ..nn.positions import resample_grid
 from .boat_attention import Bilateral, FeatureAttention, feature_rules
-from .cswin import Block, Pointwise
+from .cswin import Block
 
 __all__ = [
     "BoatSwin",
@@ -111,11 +112,11 @@ class WindowAttention(nn.Module):
             raise PolypatchError(f"{dim} channels don't divide into {heads} heads")
         self.heads, self.window, self.shift, self.scale = heads, window, shift, scale
         self.attention_dropout, self.dropout = attention_dropout, dropout
-        self.qkv = Pointwise(dim, 3 * dim, bias=bias)
+        self.qkv = Linear(dim, 3 * dim, bias=bias)
         self.table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         self.offsets: Tensor
         self.register_buffer("offsets", offsets_of(window), persistent=False)
-        self.proj = Pointwise(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def init_weights(self) -> None:
         """The table: normal, std 0.02; and the buffer."""
@@ -169,7 +170,7 @@ class PatchMerging(nn.Module):
     def __init__(self, *, dim: int, out: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = Pointwise(4 * dim, out, bias=False)
+        self.reduction = Linear(4 * dim, out, bias=False)
 
     def forward(
         self, x: Float[Tensor, "batch height width dim"]

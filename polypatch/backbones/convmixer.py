@@ -28,12 +28,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PolypatchError, suggest
-from ..nn import Backbone, FeatureInfo, FeatureMap, InputRequirements, KeyMap, fresh, pointwise
+from ..nn import (
+    Backbone,
+    FeatureInfo,
+    FeatureMap,
+    InputRequirements,
+    KeyMap,
+    Linear,
+    fresh,
+    linear,
+    pointwise,
+)
 
 __all__ = [
     "VARIANTS",
@@ -58,7 +67,7 @@ class Layer(nn.Module):
         super().__init__()
         self.depthwise = nn.Conv2d(dim, dim, kernel, padding="same", groups=dim)
         self.norm1 = nn.BatchNorm2d(dim)
-        self.pointwise = nn.Linear(dim, dim)
+        self.pointwise = Linear(dim, dim)
         self.norm2 = nn.BatchNorm2d(dim)
         self.activation = activation
 
@@ -66,13 +75,13 @@ class Layer(nn.Module):
         mixed = self.activation(self.depthwise(x.permute(0, 3, 1, 2)))
         if self.norm1.training or torch.is_grad_enabled():
             x = x + self.norm1(mixed).permute(0, 2, 3, 1)
-            x = self.activation(self.pointwise(x))
+            x = self.pointwise(x, self.activation)
             return self.norm2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         # W (x + s m + t) + b = W (x + s m) + (W t + b): the shift t never touches the map.
         scale, shift = fresh.affine_of(self.norm1)
         x = fresh.add_scaled(x, mixed.permute(0, 2, 3, 1), scale)
-        x = F.linear(x, self.pointwise.weight, self.pointwise(shift))
-        return fresh.affine(self.activation(x), *fresh.affine_of(self.norm2))
+        x = linear(x, self.pointwise.weight, self.pointwise(shift), self.activation)
+        return fresh.affine(x, *fresh.affine_of(self.norm2))
 
 
 class ConvMixer(Backbone):

@@ -61,6 +61,7 @@ from ..nn import (
     FeatureInfo,
     FeatureMap,
     KeyMap,
+    Linear,
     Preprocessing,
     fresh,
     init_parts,
@@ -113,8 +114,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attention = Attention(dim=dim, heads=heads, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
         self.dropout, self.attention_dropout = dropout, attention_dropout
         self.drop_path = DropPath(rate=drop_path)
 
@@ -123,7 +124,7 @@ class Block(nn.Module):
         q, k, v = self.attention.project(self.norm1(x))
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=rate).transpose(1, 2).flatten(2)
         x = self._added(x, self.attention.proj, mixed)
-        hidden = fresh.gelu(self.fc1(self.norm2(x)))
+        hidden = self.fc1(self.norm2(x), fresh.gelu)
         return self._added(x, self.fc2, F.dropout(hidden, self.dropout, self.training))
 
     def _added(self, x: Tensor, layer: nn.Linear, update: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PolypatchError, suggest
-from ..nn import Mlp, fresh
+from ..nn import Linear, Mlp, fresh
 
 __all__ = ["EMBEDDINGS", "KEYS", "ConvStem", "LinearPatches", "TokensToToken", "embedding"]
 
@@ -88,8 +88,8 @@ class NarrowingAttention(nn.Module):
         super().__init__()
         self.scale = dim**-0.5
         self.norm1 = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(dim, 3 * width, bias=False)
+        self.proj = Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(dim=width, hidden=width)
 
@@ -110,8 +110,8 @@ class NarrowingPerformer(nn.Module):
     def __init__(self, *, dim: int, width: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.kqv = nn.Linear(dim, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.kqv = Linear(dim, 3 * width)
+        self.proj = Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(dim=width, hidden=width)
         self.features = nn.Parameter(torch.zeros(width // 2, width), requires_grad=False)
@@ -145,7 +145,7 @@ class TokensToToken(nn.Module):
         attention = NarrowingPerformer if performer else NarrowingAttention
         self.attention1 = attention(dim=channels * self.splits[0][0] ** 2, width=width)
         self.attention2 = attention(dim=width * self.splits[1][0] ** 2, width=width)
-        self.project = nn.Linear(width * self.splits[2][0] ** 2, dim)
+        self.project = Linear(width * self.splits[2][0] ** 2, dim)
 
     def forward(
         self, image: Float[Tensor, "batch channels height width"]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..nn import Attention, DropPath
+from ..nn import Attention, DropPath, Linear
 
 __all__ = ["FUSIONS", "AllFusion", "ClassFusion", "CrossAttention", "CrossFusion"]
 
@@ -45,10 +45,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads, self.scale = heads, (dim // heads) ** -0.5 if scale is None else scale
         self.norm = nn.LayerNorm(dim, eps=eps)
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.k = nn.Linear(dim, dim, bias=qkv_bias)
-        self.v = nn.Linear(dim, dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim, bias=qkv_bias)
+        self.k = Linear(dim, dim, bias=qkv_bias)
+        self.v = Linear(dim, dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.attention_dropout = attention_dropout
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(rate=drop_path)
@@ -84,7 +84,7 @@ class CrossAttention(nn.Module):
 
 def project(dim: int, out: int, *, eps: float) -> nn.Sequential:
     """f and g: LN, GELU, linear (the GELU in front of the linear map, as in the authors' code)."""
-    return nn.Sequential(nn.LayerNorm(dim, eps=eps), nn.GELU(), nn.Linear(dim, out))
+    return nn.Sequential(nn.LayerNorm(dim, eps=eps), nn.GELU(), Linear(dim, out))
 
 
 class CrossFusion(nn.Module):

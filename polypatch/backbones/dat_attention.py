@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PolypatchError, suggest
-from ..nn import fresh
+from ..nn import Linear, fresh
 from .dat_local import at_least
 
 __all__ = [
@@ -173,8 +173,8 @@ class LogBias(nn.Module):
 
     def __init__(self, *, group_heads: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(2, 32)
-        self.fc2 = nn.Linear(32, group_heads, bias=False)
+        self.fc1 = Linear(2, 32)
+        self.fc2 = Linear(32, group_heads, bias=False)
 
     def forward(
         self,
@@ -234,13 +234,13 @@ class DeformableAttention(nn.Module):
         self.padding = 0 if kernel == stride else kernel // 2
         self.attn_drop = attn_drop
         inner = dim // groups
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
         self.drop = nn.Dropout(drop)
         self.offset_conv = nn.Conv2d(inner, inner, kernel, groups=inner)
         self.offset_norm = nn.LayerNorm(inner)
-        self.offset_out = nn.Linear(inner, 2, bias=False)
+        self.offset_out = Linear(inner, 2, bias=False)
         for part in (self.offset_conv, self.offset_norm, self.offset_out):
             part.requires_grad_(offsets)
         #: the authors' ablation without offsets has no position bias either

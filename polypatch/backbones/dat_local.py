@@ -28,7 +28,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ..errors import PolypatchError
-from ..nn import pad_to_windows
+from ..nn import Linear, pad_to_windows
 
 __all__ = [
     "NeighbourhoodAttention",
@@ -111,8 +111,8 @@ class WindowAttention(nn.Module):
             raise PolypatchError(f"windows of {window} can't be shifted by {shift}")
         self.heads, self.window, self.shift = heads, window, shift
         self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.drop = nn.Dropout(drop)
         self.relative_bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         self.register_buffer("index", relative_index(window), persistent=False)
@@ -203,8 +203,8 @@ class NeighbourhoodAttention(nn.Module):
             raise PolypatchError(f"a neighbourhood's side is odd and above 1, got {kernel}")
         self.heads, self.kernel = heads, kernel
         self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.drop = nn.Dropout(drop)
         self.rpb = nn.Parameter(torch.zeros(heads, 2 * kernel - 1, 2 * kernel - 1))
 
@@ -252,9 +252,9 @@ class PyramidAttention(nn.Module):
         super().__init__()
         self.heads, self.reduction = heads, reduction
         self.attn_drop = attn_drop
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
         self.drop = nn.Dropout(drop)
         if reduction > 1:
             self.reduce = nn.Conv2d(dim, dim, reduction, stride=reduction)
@@ -294,8 +294,8 @@ class SlideAttention(nn.Module):
         inner = dim // self.REDUCTION
         self.heads, self.head_dim = heads, inner // heads
         self.scale = (dim // heads) ** -0.5  # of the whole width's heads, not of the quarter's
-        self.qkv = nn.Linear(dim, 3 * inner)
-        self.proj = nn.Linear(inner, dim)
+        self.qkv = Linear(dim, 3 * inner)
+        self.proj = Linear(inner, dim)
         neighbours = self.SIDE**2
         fetched = self.head_dim * neighbours
         self.shift = nn.Conv2d(self.head_dim, fetched, self.SIDE, groups=self.head_dim)

@@ -20,6 +20,7 @@ from ..nn import (
     FeatureMap,
     InputRequirements,
     LayerScale,
+    Linear,
     Preprocessing,
     fresh,
     init_parts,
@@ -79,18 +80,17 @@ class FeedForward(nn.Module):
 
     def __init__(self, *, dim: int, hidden: int, conv: bool, drop: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.conv = ResidualDepthwise(dim=hidden) if conv else None
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(
         self, x: Float[Tensor, "batch height width dim"]
     ) -> Float[Tensor, "batch height width dim"]:
-        x = self.fc1(x)
         if self.conv is None:  # dropout stands behind the activation here, in front of it there
-            return self.drop(self.fc2(self.drop(fresh.gelu(x))))
-        return self.drop(self.fc2(fresh.gelu(self.conv(self.drop(x)))))
+            return self.drop(self.fc2(self.drop(self.fc1(x, fresh.gelu))))
+        return self.drop(self.fc2(fresh.gelu(self.conv(self.drop(self.fc1(x))))))
 
 
 class Block(nn.Module):
@@ -235,7 +235,7 @@ class DAT(Backbone):
         else:
             embeddings = [Embedding(channels, stem, kernel=patch, stride=patch, padding=0)]
         self.stem = nn.ModuleList(embeddings)
-        self.widen = nn.Linear(stem, stages[0].dim) if stem != stages[0].dim else nn.Identity()
+        self.widen = Linear(stem, stages[0].dim) if stem != stages[0].dim else nn.Identity()
         rates = torch.linspace(0, drop_path, sum(len(s.blocks) for s in stages), device="cpu")
         remaining = iter(rates.tolist())
         side = resolution // patch

@@ -48,6 +48,7 @@ from ..nn import (
     FeatureMap,
     InputRequirements,
     KeyMap,
+    Linear,
     Mlp,
     Preprocessing,
     fresh,
@@ -283,7 +284,7 @@ class DuoFormer(Backbone):
             self.resnet.requires_grad_(False)
         dims = resnet.dims
         # The coarsest first, as the tokens of a window are.
-        self.project = nn.ModuleList(nn.Linear(dims[3 - scale], dim) for scale in range(scales))
+        self.project = nn.ModuleList(Linear(dims[3 - scale], dim) for scale in range(scales))
         self.token: nn.Parameter | None = None
         self.fuse: ChannelToken | None = None
         if scale_token == "random":

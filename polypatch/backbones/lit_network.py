@@ -22,6 +22,7 @@ from ..nn import (
     FeatureInfo,
     FeatureMap,
     InputRequirements,
+    Linear,
     Mlp,
     Preprocessing,
     fresh,
@@ -91,7 +92,7 @@ class DeformableMerging(nn.Module):
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
         self.offset = nn.Conv2d(dim, 8, 2, stride=2)
-        self.proj = nn.Linear(4 * dim, out)
+        self.proj = Linear(4 * dim, out)
         self.norm = nn.BatchNorm2d(out)
 
     def init_weights(self) -> None:

@@ -49,6 +49,7 @@ from ..nn import (
     InputRequirements,
     KeyMap,
     LayerScale,
+    Linear,
     Preprocessing,
     Rule,
     fresh,
@@ -71,7 +72,7 @@ from .metaformer_mixers import (
     position_of,
     recognised_mixer,
 )
-from .pvtv2 import in_pieces, project
+from .pvtv2 import in_pieces
 
 __all__ = [
     "ASSUMED",
@@ -169,7 +170,7 @@ class MetaFormerBlock(nn.Module):
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
         self.norm1, self.mixer, self.norm2 = norm(dim), mixer, norm(dim)
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
         scaled = layer_scale is not None
         self.scale1 = LayerScale(dim=dim, init=layer_scale) if scaled else None
         self.scale2 = LayerScale(dim=dim, init=layer_scale) if scaled else None
@@ -180,8 +181,8 @@ class MetaFormerBlock(nn.Module):
         self, x: Float[Tensor, "batch height width dim"]
     ) -> Float[Tensor, "batch height width dim"]:
         x = self._add(x, self.mixer(self.norm1(x)), self.scale1)
-        hidden = self.activation(project(self.norm2(x), self.fc1))
-        update = project(F.dropout(hidden, self.dropout, self.training), self.fc2)
+        hidden = self.fc1(self.norm2(x), self.activation)
+        update = self.fc2(F.dropout(hidden, self.dropout, self.training))
         return self._add(x, F.dropout(update, self.dropout, self.training), self.scale2)
 
     def _add(self, x: Tensor, update: Tensor, scale: LayerScale | None) -> Tensor:

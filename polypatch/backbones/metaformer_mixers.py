@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PolypatchError, suggest
-from ..nn import Attention
+from ..nn import Attention, Linear
 
 __all__ = [
     "MIXER_NAMES",
@@ -124,7 +124,7 @@ class SpatialFc(nn.Module):
     def __init__(self, *, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.grid = (grid[0], grid[1])
-        self.fc = nn.Linear(math.prod(grid), math.prod(grid), bias=False)
+        self.fc = Linear(math.prod(grid), math.prod(grid), bias=False)
 
     def forward(
         self, x: Float[Tensor, "batch height width dim"]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from ..nn import fresh
+from ..nn import Linear, fresh, linear
 
 __all__ = [
     "MODES",
@@ -259,8 +259,8 @@ class PoolingAttention(nn.Module):
         dim, out, heads = shape.dim, shape.out, shape.heads
         self.out, self.heads, self.prefix = out, heads, prefix
         self.pool_first, self.residual = pool_first, residual
-        self.qkv = nn.Linear(dim, 3 * out, bias=bias)
-        self.proj = nn.Linear(out, out)
+        self.qkv = Linear(dim, 3 * out, bias=bias)
+        self.proj = Linear(out, out)
         pooled = dim if pool_first else out
         sharing = 1 if mode == "conv_unshared" else heads
 
@@ -290,7 +290,7 @@ class PoolingAttention(nn.Module):
         """``count`` of the three projections, from the one numbered ``start``."""
         part = slice(start * self.out, (start + count) * self.out)
         bias = None if self.qkv.bias is None else self.qkv.bias[part]
-        return F.linear(x, self.qkv.weight[part], bias)
+        return linear(x, self.qkv.weight[part], bias)
 
     def queries(
         self, x: Float[Tensor, "batch tokens dim"], grid: Grid

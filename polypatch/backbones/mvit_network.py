@@ -18,6 +18,7 @@ from ..nn import (
     FeatureInfo,
     FeatureMap,
     InputRequirements,
+    Linear,
     Preprocessing,
     fresh,
 )
@@ -136,8 +137,8 @@ class Block(nn.Module):
         )
         self.norm2 = nn.LayerNorm(inner, eps=1e-6)
         hidden = int(inner * mlp_ratio)
-        self.fc1, self.fc2 = nn.Linear(inner, hidden), nn.Linear(hidden, shape.out)
-        self.widen = nn.Linear(shape.dim, shape.out) if shape.dim != shape.out else None
+        self.fc1, self.fc2 = Linear(inner, hidden), Linear(hidden, shape.out)
+        self.widen = Linear(shape.dim, shape.out) if shape.dim != shape.out else None
         self.drop_path = DropPath(rate=drop_path)
 
     def skip(self, x: Float[Tensor, "batch tokens dim"], grid: Grid) -> Tensor:
@@ -171,7 +172,7 @@ class Block(nn.Module):
             x = self.widen(normed)
         x = self._add(x if only_class else self.skip(x, grid), self._drop(mixed))
         normed = self.norm2(x)
-        branch = self._drop(self.fc2(self._drop(fresh.gelu(self.fc1(normed)))))
+        branch = self._drop(self.fc2(self._drop(self.fc1(normed, fresh.gelu))))
         if self.widen is not None and not self.widen_in_attention:
             x = self.widen(normed)
         return self._add(x, branch), size

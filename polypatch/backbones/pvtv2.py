@@ -49,6 +49,7 @@ from ..nn import (
     FeatureMap,
     InputRequirements,
     KeyMap,
+    Linear,
     Rule,
     fresh,
     pointwise,
@@ -97,18 +98,6 @@ def in_pieces(
     return torch.cat([function(part) for part in x.split(max(1, PIECE // widest))])
 
 
-def project(
-    x: Float[Tensor, "batch height width dim"], linear: nn.Linear
-) -> Float[Tensor, "batch height width out"]:
-    """``linear(x)``; of many places, on a CPU without gradients, as the 1×1 convolution that it is,
-    whose kernels need no separate pass for the bias (a quarter less time; few places: more)."""
-    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu
-    if plain or x.shape[:3].numel() < 512:
-        return linear(x)
-    weight = linear.weight[:, None, None].permute(0, 3, 1, 2)
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, linear.bias).permute(0, 2, 3, 1)
-
-
 class ConvReduction(nn.Module):
     """SRA's: one token for each full cell of ``ratio`` × ``ratio`` tokens."""
 
@@ -127,7 +116,7 @@ class PoolReduction(nn.Module):
     def __init__(self, *, dim: int, cells: int = 7) -> None:
         super().__init__()
         self.cells = cells
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Float[Tensor, "batch height width dim"]) -> Float[Tensor, "batch m dim"]:
@@ -155,16 +144,16 @@ class Attention(nn.Module):
         if dim % heads:
             raise PolypatchError(f"a width of {dim} does not divide into {heads} heads")
         self.heads, self.scale, self.attention_dropout = heads, scale, attention_dropout
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.q = Linear(dim, dim, bias=qkv_bias)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias)
         self.reduction = reduction
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(
         self, x: Float[Tensor, "batch height width dim"]
     ) -> Float[Tensor, "batch height width dim"]:
         sources = x.flatten(1, 2) if self.reduction is None else self.reduction(x)
-        q = project(x, self.q).flatten(1, 2).unflatten(-1, (self.heads, -1))
+        q = self.q(x).flatten(1, 2).unflatten(-1, (self.heads, -1))
         k, v = self.kv(sources).unflatten(-1, (2, self.heads, -1)).unbind(2)
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -173,7 +162,7 @@ class Attention(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
             scale=self.scale,
         )
-        return project(mixed.transpose(1, 2).reshape(x.shape), self.proj)
+        return self.proj(mixed.transpose(1, 2).reshape(x.shape))
 
 
 class FeedForward(nn.Module):
@@ -184,19 +173,17 @@ class FeedForward(nn.Module):
         self, *, dim: int, hidden: int, rectified: bool = False, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
         self.rectified, self.dropout = rectified, dropout
 
     def forward(
         self, x: Float[Tensor, "batch height width dim"]
     ) -> Float[Tensor, "batch height width dim"]:
-        x = project(x, self.fc1)
-        if self.rectified:
-            x = fresh.relu(x)
+        x = self.fc1(x, fresh.relu if self.rectified else None)
         x = fresh.gelu(self.depthwise(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        return project(F.dropout(x, self.dropout, self.training), self.fc2)
+        return self.fc2(F.dropout(x, self.dropout, self.training))
 
 
 class Block(nn.Module):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..nn import merge_windows, windows_of
+from ..nn import Linear, linear, merge_windows, windows_of
 from .mvit_attention import relative_bias
 
 __all__ = [
@@ -119,10 +119,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.scale = scale or (dim // heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias == "all")
+        self.qkv = Linear(dim, 3 * dim, bias=bias == "all")
         self.q_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.rel_height = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
         self.rel_width = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
 
@@ -171,7 +171,7 @@ class FullAttention(Attention):
         self, x: Float[Tensor, "batch height width dim"]
     ) -> Float[Tensor, "batch height width dim"]:
         height, width = x.shape[1:3]
-        qkv = F.linear(x.flatten(1, 2), self.qkv.weight, self.biases())
+        qkv = linear(x.flatten(1, 2), self.qkv.weight, self.biases())
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
         size = (1, height, width)
         across = self.rel_width[: 2 * min(self.grid) - 1]
@@ -210,7 +210,7 @@ class WindowAttention(Attention):
         super().__init__(dim=dim, heads=heads, bias=bias, side=window, scale=scale, dropout=dropout)
         self.window, self.sets = window, 2 if separate else 1
         self.table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        self.sample = nn.Linear(dim, self.sets * heads * 5)
+        self.sample = Linear(dim, self.sets * heads * 5)
 
     def init_weights(self) -> None:
         """The table normal, std 0.02; what moves the windows uniform by fan-in, torch's default of
@@ -261,7 +261,7 @@ class WindowAttention(Attention):
         k, v = read.reshape(2, -1, heads, window**2, dim // heads).contiguous().unbind(0)
 
         bias = self.biases()
-        q = F.linear(x, self.qkv.weight[:dim], None if bias is None else bias[:dim])
+        q = linear(x, self.qkv.weight[:dim], None if bias is None else bias[:dim])
         if below or right:
             q = F.pad(q, (0, 0, left, right, above, below))
         tall, wide = q.shape[1:3]

@@ -17,6 +17,7 @@ from ..nn import (
     FeatureMap,
     InputRequirements,
     LayerNorm2d,
+    Linear,
     Preprocessing,
     fresh,
 )
@@ -75,7 +76,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
         self.attention, self.local = attention, local
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
         self.layer_scale, self.dropout = layer_scale, dropout
         gain = None if layer_scale is None else torch.full((dim,), layer_scale)
         self.gamma1 = None if gain is None else nn.Parameter(gain.clone())
@@ -103,7 +104,7 @@ class Block(nn.Module):
         x = self._add(x, self.attention(self.norm1(x)), self.gamma1)
         if local is not None:
             x = self._add(x, local)
-        hidden = fresh.gelu(self.fc1(self.norm2(x)))
+        hidden = self.fc1(self.norm2(x), fresh.gelu)
         if self.local is not None:
             hidden = self._drop(hidden)
         return self._add(x, self._drop(self.fc2(hidden)), self.gamma2)

@@ -58,9 +58,11 @@ from ..nn import (
     FeatureInfo,
     FeatureMap,
     KeyMap,
+    Linear,
     Preprocessing,
     Rule,
     fresh,
+    linear,
     pointwise,
 )
 
@@ -105,7 +107,7 @@ class Conv(ConvNorm):
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         conv = self.conv
         if conv.kernel_size == (1, 1):
-            return F.linear(x, weight.flatten(1), bias)
+            return linear(x, weight.flatten(1), bias)
         x = x.permute(0, 3, 1, 2)
         x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
         return x.permute(0, 2, 3, 1)
@@ -209,8 +211,8 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, *, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(
         self, x: Float[Tensor, "batch height width dim"]
@@ -242,7 +244,7 @@ class Head(nn.Module):
     def __init__(self, *, dim: int, classes: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(dim)
-        self.linear = nn.Linear(dim, classes)
+        self.linear = Linear(dim, classes)
 
     def forward(self, pooled: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
         return self.linear(self.norm(pooled))

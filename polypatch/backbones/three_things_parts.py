@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import PolypatchError, suggest
 from ..hosts.vit import Block, Context
-from ..nn import Attention, InputRequirements, LayerNorm2d, LayerScale, Mixed, Mlp, fresh
+from ..nn import Attention, InputRequirements, LayerNorm2d, LayerScale, Mixed, Mlp, fresh, linear
 from ..tokens import Tokens, raster_geometry
 
 __all__ = [
@@ -146,7 +146,7 @@ class Branches(nn.Module):
         for branch in self.branches:
             assert isinstance(branch, Block)
             assert isinstance(branch.mlp, Mlp)
-            hidden = fresh.gelu(branch.mlp.fc1(branch.norm2(x)))
+            hidden = branch.mlp.fc1(branch.norm2(x), fresh.gelu)
             total = added(total, branch.mlp.fc2, hidden, branch.scale2, branch.drop_path)
         return total
 
@@ -158,8 +158,8 @@ def attended(
     if first:
         width = attention.heads * attention.head_dim
         weight, bias = attention.qkv.weight, attention.qkv.bias
-        q = F.linear(x[:, :1], weight[:width], None if bias is None else bias[:width])
-        kv = F.linear(x, weight[width:], None if bias is None else bias[width:])
+        q = linear(x[:, :1], weight[:width], None if bias is None else bias[:width])
+        kv = linear(x, weight[width:], None if bias is None else bias[width:])
         q = q.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
         k, v = kv.unflatten(-1, (2, attention.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     else:

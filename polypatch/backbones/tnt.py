@@ -50,10 +50,12 @@ from ..nn import (
     FeatureMap,
     InputRequirements,
     KeyMap,
+    Linear,
     Mlp,
     Preprocessing,
     Rule,
     fresh,
+    linear,
 )
 from ..nn.positions import resample_grid
 
@@ -103,8 +105,8 @@ class Squeeze(nn.Module):
     def __init__(self, *, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, dim // 4)
-        self.fc2 = nn.Linear(dim // 4, dim)
+        self.fc1 = Linear(dim, dim // 4)
+        self.fc2 = Linear(dim // 4, dim)
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Tensor:
         mean = self.norm(x.mean(1, keepdim=True))
@@ -116,8 +118,8 @@ def first_attends(
 ) -> Float[Tensor, "batch 1 dim"]:
     """What attention gives to the first token: one query, keys and values of all tokens."""
     weight, bias, dim = attention.qkv.weight, attention.qkv.bias, x.shape[-1]
-    q = F.linear(x[:, :1], weight[:dim], None if bias is None else bias[:dim])
-    kv = F.linear(x, weight[dim:], None if bias is None else bias[dim:])
+    q = linear(x[:, :1], weight[:dim], None if bias is None else bias[:dim])
+    kv = linear(x, weight[dim:], None if bias is None else bias[dim:])
     q, k, v = (
         part.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for part in (q, *kv.chunk(2, -1))
     )
@@ -178,7 +180,7 @@ class Tell(nn.Module):
     def __init__(self, *, words: int, inner_dim: int, dim: int, bias: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(words * inner_dim)
-        self.proj = nn.Linear(words * inner_dim, dim, bias=bias)
+        self.proj = Linear(words * inner_dim, dim, bias=bias)
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(

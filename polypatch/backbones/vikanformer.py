@@ -54,6 +54,7 @@ from ..nn import (
     FeatureInfo,
     FeatureMap,
     KeyMap,
+    Linear,
     Mlp,
     Preprocessing,
     Rule,
@@ -139,7 +140,7 @@ class FlashBlock(nn.Module):
     def __init__(self, *, dim: int, heads: int, head_dim: int = 64) -> None:
         super().__init__()
         self.attn = Attention(dim=dim, heads=heads, head_dim=head_dim, qkv_bias=False)
-        self.attn.proj = nn.Linear(heads * head_dim, dim, bias=False)
+        self.attn.proj = Linear(heads * head_dim, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Tensor:
         return self.attn(x).x

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..nn import linear
+
 __all__ = [
     "EXPANSIONS",
     "ChebyshevExpansion",
@@ -47,7 +49,7 @@ def mapped(
 ) -> Float[Tensor, "*batch maps out"]:
     """Each map's features through its matrix."""
     if len(weight) == 1:
-        return F.linear(features, weight[0])
+        return linear(features, weight[0])
     return torch.einsum("...mf,mof->...mo", features, weight)
 
 

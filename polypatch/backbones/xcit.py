@@ -50,6 +50,7 @@ from torch import Tensor, nn
 from ..errors import PolypatchError, suggest
 from ..nn import (
     Backbone,
+    ConvNorm,
     FeatureInfo,
     FeatureMap,
     InputRequirements,
@@ -65,7 +66,6 @@ from .xcit_blocks import (
     ClassBlock,
     Position,
     Pyramid,
-    StemLayer,
     class_attention,
     cross_covariance,
     fourier_code,
@@ -163,7 +163,7 @@ class XCiT(Backbone):
         widths = [channels, *(dim >> (steps - 1 - i) for i in range(steps))]
         self.stem = nn.Sequential(
             *(
-                StemLayer(
+                ConvNorm(
                     widths[i],
                     widths[i + 1],
                     kernel=3,

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PolypatchError
-from ..nn import ConvNorm, DropPath, Mlp, fresh
+from ..nn import DropPath, Linear, Mlp, fresh, linear
 
 __all__ = [
     "EPS",
@@ -21,7 +21,6 @@ __all__ = [
     "ClassBlock",
     "Position",
     "Pyramid",
-    "StemLayer",
     "class_attention",
     "cross_covariance",
     "fourier_code",
@@ -94,12 +93,12 @@ class Position(nn.Module):
 
     def __init__(self, *, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(2 * WAVES, dim)
+        self.proj = Linear(2 * WAVES, dim)
 
     def forward(self, height: int, width: int) -> Float[Tensor, "{height} {width} dim"]:
         weight = self.proj.weight
         row, column = (
-            F.linear(fourier_code(cells, device=weight.device).to(weight.dtype), part)
+            linear(fourier_code(cells, device=weight.device).to(weight.dtype), part)
             for cells, part in zip((height, width), weight.split(WAVES, dim=1))
         )
         return row[:, None] + column + self.proj.bias
@@ -115,14 +114,6 @@ def batch_normed(norm: nn.Module, x: Float[Tensor, "batch dim height width"]) ->
     return fresh.affine(x.permute(0, 2, 3, 1), *fresh.affine_of(norm)).permute(0, 3, 1, 2)
 
 
-class StemLayer(ConvNorm):
-    """3×3 convolution of stride 2, batch norm, and GELU but behind the last one."""
-
-    def forward(self, x: Float[Tensor, "batch dim height width"]) -> Tensor:
-        x = batch_normed(self.norm, self.conv(x))
-        return x if self.activation is None else self.activation(x)
-
-
 class Attention(nn.Module):
     """Cross-covariance attention, XCA: (batch, height, width, dim) in and out."""
 
@@ -131,9 +122,9 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.dropout, self.attention_dropout = heads, dropout, attention_dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "batch height width dim"]) -> Tensor:
         qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.heads, -1))
@@ -237,8 +228,8 @@ class ClassBlock(nn.Module):
         self.scale = scale or (dim // heads) ** -0.5
         self.dropout, self.attention_dropout = dropout, attention_dropout
         self.norm1 = nn.LayerNorm(dim, eps=EPS)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.gain1 = nn.Parameter(torch.ones(dim))
         self.norm2 = nn.LayerNorm(dim, eps=EPS)
         self.mlp = FeedForward(dim=dim, hidden=hidden, activation=fresh.gelu, dropout=dropout)

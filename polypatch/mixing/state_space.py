@@ -44,7 +44,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PolypatchError
-from ..nn import fresh
+from ..nn import Linear, fresh
 
 __all__ = ["Memory", "StateSpace", "causal_convolution", "gated_norm", "rms_norm", "scan"]
 
@@ -302,13 +302,13 @@ class StateSpace(nn.Module):
         mixed = scanned + 2 * groups * state
         #: of the plain product twice, gate, what is convolved, dt
         self.parts = (inner - scanned, inner - scanned, scanned, mixed, heads)
-        self.in_proj = nn.Linear(dim, sum(self.parts), bias=bias)
+        self.in_proj = Linear(dim, sum(self.parts), bias=bias)
         self.conv = nn.Conv1d(mixed, mixed, kernel, groups=mixed, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.zeros(heads))
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.D = nn.Parameter(torch.ones(scanned if skip_per_channel else heads))
         self.norm = nn.Parameter(torch.ones(scanned)) if norm else None
-        self.out_proj = nn.Linear(inner, dim, bias=bias)
+        self.out_proj = Linear(inner, dim, bias=bias)
 
     def init_weights(self) -> None:
         """The authors' initialisation.

@@ -35,6 +35,7 @@ from .positions import (
     SinCosPosition,
     rotate,
 )
+from .projection import Linear, linear
 from .surface import (
     Backbone,
     FeatureInfo,
@@ -66,6 +67,7 @@ __all__ = [
     "LayerNorm2d",
     "LayerScale",
     "LearnedPosition",
+    "Linear",
     "MeanPool",
     "Mixed",
     "Mlp",
@@ -82,6 +84,7 @@ __all__ = [
     "fresh",
     "init_parts",
     "init_transformer_weights",
+    "linear",
     "linear_of",
     "load_exactly",
     "merge_windows",

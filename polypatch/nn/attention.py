@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .positions import rotate
+from .projection import Linear
 
 __all__ = ["Attention", "Mixed"]
 
@@ -49,10 +50,10 @@ class Attention(nn.Module):
         self.head_dim = head_dim or dim // heads
         self.scale = self.head_dim**-0.5
         self.dropout = dropout
-        self.qkv = nn.Linear(dim, 3 * heads * self.head_dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * heads * self.head_dim, bias=qkv_bias)
         self.q_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(heads * self.head_dim, dim)
+        self.proj = Linear(heads * self.head_dim, dim)
 
     def project(
         self, x: Float[Tensor, "batch tokens dim"], rotation: tuple[Tensor, Tensor] | None = None

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import fresh
+from .projection import Linear
 
 __all__ = [
     "DropPath",
@@ -77,13 +78,13 @@ class Mlp(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim if out is None else out)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim if out is None else out)
         self.activation = activation
         self.dropout = dropout
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch out"]:
-        x = self.activation(self.fc1(x))
+        x = self.fc1(x, self.activation)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
         return self.fc2(x)
@@ -99,8 +100,8 @@ class SwiGlu(nn.Module):
 
     def __init__(self, *, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, 2 * hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         gate, value = self.fc1(x).chunk(2, dim=-1)

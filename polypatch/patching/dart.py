@@ -72,6 +72,7 @@ from ..hosts import InputRequirements, ViT
 from ..nn import (
     GridPatching,
     LearnedPosition,
+    Linear,
     Mlp,
     init_parts,
     init_transformer_weights,
@@ -432,7 +433,7 @@ class ScoreNetwork(nn.Module):
         self.features = features
         self.mlp = Mlp(dim=feature_dim, hidden=hidden, out=1 if version == "v1" else feature_dim)
         if version == "v1" and not last_bias:
-            self.mlp.fc2 = nn.Linear(hidden, 1, bias=False)
+            self.mlp.fc2 = Linear(hidden, 1, bias=False)
 
     def raw(
         self, image: Float[Tensor, "batch channels height width"], grid: tuple[int, int]
@@ -442,13 +443,20 @@ class ScoreNetwork(nn.Module):
             features = self.features(image)
         places = features.permute(0, 2, 3, 1)
         if self.version == "v1":
-            score = self.mlp(places)[..., 0]
+            score = self._head(places)[..., 0]
         else:
-            gate = torch.sigmoid(self.mlp(places.flatten(1, 2).mean(1)))
+            gate = torch.sigmoid(self._head(places.flatten(1, 2).mean(1)))
             score = (places.flatten(1, 2) * gate[:, None]).sum(-1).view(places.shape[:3])
         # Quantiles in bfloat16 would place 256 different edges at best.
         score = score.to(torch.promote_types(score.dtype, torch.float32))
         return F.interpolate(score[:, None], size=grid, mode="bilinear", align_corners=False)[:, 0]
+
+    def _head(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch out"]:
+        """The MLP by torch's own product: at which pixel a region begins hangs on the last digits
+        of its score, which must not depend on whether gradients are recorded."""
+        first, last = self.mlp.fc1, self.mlp.fc2
+        hidden = self.mlp.activation(F.linear(x, first.weight, first.bias))
+        return F.linear(hidden, last.weight, last.bias)
 
     def forward(
         self, image: Float[Tensor, "batch channels height width"], grid: tuple[int, int]
