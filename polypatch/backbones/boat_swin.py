@@ -45,6 +45,7 @@ from ..nn import (
     pad_to_windows,
     windows_of,
 )
+from ..nn.arguments import expansion
 from ..nn.positions import resample_grid
 from .boat_attention import Bilateral, FeatureAttention, feature_rules
 from .cswin import Block
@@ -438,7 +439,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         "depths": depths,
         "num_heads": [heads for _, heads in tables],
         "window_size": max(windows),
-        "mlp_ratio": hidden / last,
+        "mlp_ratio": expansion((hidden, last)),
         "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in shapes,
         "ape": "absolute_pos_embed" in shapes,
         "patch_norm": "patch_embed.norm.weight" in shapes,

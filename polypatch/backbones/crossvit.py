@@ -66,6 +66,7 @@ from ..nn import (
     fresh,
     init_parts,
 )
+from ..nn.arguments import expansion, norm_eps, norm_word
 from ..nn.positions import resample_grid
 from .crossvit_embedding import KEYS
 from .crossvit_embedding import embedding as patch_embedding
@@ -630,7 +631,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
     candidates = (published.get(tuple(dims), 0), *range(max(1, dims[0] // 32), 0, -1))
     heads = next(h for h in candidates if h and not any(dim % h for dim in dims))
     hidden = [shapes[f"blocks.0.blocks.{i}.0.mlp.fc1.weight"][0] for i in range(count)]
-    ratios = [_ratio(width, dim) for width, dim in zip(hidden, dims)]
+    ratios = [expansion((width, dim)) for width, dim in zip(hidden, dims)]
     depths = [
         [
             *(_count(shapes, rf"blocks\.{k}\.blocks\.{i}\.(\d+)\.") for i in range(count)),
@@ -650,7 +651,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         "qkv_bias": "blocks.0.blocks.0.0.attn.qkv.bias" in shapes,
         "qk_scale": None,
         "hybrid_backbone": hybrid,
-        "norm_layer": _norm_name(1e-6),
+        "norm_layer": norm_word(1e-6),
         "multi_conv": bool(conv),
     }
 
@@ -664,26 +665,6 @@ def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
     """One more than the largest number that the pattern's group finds at the start of a name."""
     found = (re.match(pattern, name) for name in shapes)
     return max((int(match.group(1)) + 1 for match in found if match), default=0)
-
-
-def _ratio(hidden: int, dim: int) -> float:
-    """hidden / dim, so that the authors' ``int(dim * ratio)`` gives ``hidden`` again."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def _norm_name(eps: float) -> str:
-    return f"LayerNorm(eps={eps:g})".replace("e-0", "e-")
-
-
-def _norm_eps(name: str) -> float:
-    """ε out of ``LayerNorm`` (torch's default) or ``LayerNorm(eps=1e-6)``."""
-    match = re.fullmatch(r"LayerNorm(?:\(eps=([0-9.e+-]+)\))?", name)
-    if match is None:
-        raise PolypatchError(
-            f"there is no norm_layer={name!r}; write LayerNorm or LayerNorm(eps=1e-6)"
-        )
-    return float(match.group(1) or 1e-5)
 
 
 def network(config: Mapping[str, Any]) -> CrossViT:
@@ -713,7 +694,7 @@ def network(config: Mapping[str, Any]) -> CrossViT:
         sizing=config.get("sizing", "native"),
         qkv_bias=config.get("qkv_bias", False),
         scale=config.get("qk_scale"),
-        eps=_norm_eps(config.get("norm_layer", "LayerNorm")),
+        eps=norm_eps(config.get("norm_layer", "LayerNorm")),
         classes=config.get("num_classes", 1000),
         channels=config.get("in_chans", 3),
         dropout=config.get("drop_rate", 0.0),
@@ -763,7 +744,7 @@ def official_config(model: CrossViT) -> dict[str, Any]:
         "attn_drop_rate": model.attention_dropout,
         "drop_path_rate": model.drop_path,
         "hybrid_backbone": hybrid.get(model.embedding),
-        "norm_layer": _norm_name(model.eps),
+        "norm_layer": norm_word(model.eps),
         "multi_conv": model.embedding == "conv",
         "fusion": model.fusion,
         "reread": model.reread,

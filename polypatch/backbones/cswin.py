@@ -57,6 +57,7 @@ from ..nn import (
     Preprocessing,
     fresh,
 )
+from ..nn.arguments import expansion
 
 __all__ = [
     "VARIANTS",
@@ -612,7 +613,7 @@ def configuration(
         "depth": depths,
         "split_size": split,
         "num_heads": heads,
-        "mlp_ratio": shapes[f"{firsts[-1]}.mlp.fc1.weight"][0] / dims[-1],
+        "mlp_ratio": expansion((shapes[f"{firsts[-1]}.mlp.fc1.weight"][0], dims[-1])),
         "qkv_bias": f"{firsts[0]}.qkv.bias" in shapes,
         "stage_norms": "norm1.weight" in shapes,
     }

@@ -57,6 +57,7 @@ from ..nn import (
     pointwise,
     windows_of,
 )
+from ..nn.arguments import expansion
 from ..nn.positions import resample_grid
 from .duoformer_resnet import RESNETS, ResNet, ResNetSize, resnet_keys
 
@@ -567,9 +568,9 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         return 1 + max(found, default=-1)
 
     depths = tuple(count(rf"resnet_projector\.{4 + s}\.(\d+)\.") for s in range(4))
-    expansion = 4 if "resnet_projector.4.0.conv3.weight" in shapes else 1
+    wider = 4 if "resnet_projector.4.0.conv3.weight" in shapes else 1
     width = shapes["resnet_projector.0.weight"][0]
-    size = ResNetSize(depths, width, expansion)  # type: ignore[arg-type]
+    size = ResNetSize(depths, width, wider)  # type: ignore[arg-type]
     known = [name for name, other in RESNETS.items() if other == size]
     hidden = shapes.get("vision_transformer.scale_blocks.0.mlp.fc1.weight", (4 * dim,))[0]
     return {
@@ -581,7 +582,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         "num_classes": shapes.get("vision_transformer.head.weight", (0,))[0],
         "num_layers": sum(f"projection.proj_heads{k}.weight" in shapes for k in range(4)),
         "num_patches": shapes[_TABLE][1] - 1,
-        "mlp_ratio": hidden / dim,
+        "mlp_ratio": expansion((hidden, dim)),
         "backbone": known[0] if known else list(size),
         "scale_token": "random" if "channel_token" in shapes else "channel",
         "freeze_backbone": True,
@@ -691,7 +692,7 @@ def official_config(model: DuoFormer) -> dict[str, Any]:
         "num_classes": model.head.out_features if isinstance(model.head, nn.Linear) else 0,
         "num_layers": model.scales,
         "num_patches": encoder.grid[0] * encoder.grid[1],
-        "mlp_ratio": first.mlp.fc1.out_features / model.dim,
+        "mlp_ratio": expansion((first.mlp.fc1.out_features, model.dim)),
         "backbone": known[0] if known else list(model.size),
         "scale_token": model.scale_token,
         "freeze_backbone": not next(model.resnet.parameters()).requires_grad,

@@ -30,7 +30,7 @@ the authors' code has max pooling alone, and there are no weights for the others
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isqrt
@@ -54,6 +54,7 @@ from ..nn import (
     Preprocessing,
     fresh,
 )
+from ..nn.arguments import expansion, norm_eps, norm_word, pair
 from ..nn.positions import resample_grid
 
 __all__ = [
@@ -499,7 +500,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         "embed_dim": dim,
         "depth": depth,
         "num_heads": heads,
-        "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / dim,
+        "mlp_ratio": expansion((shapes["blocks.0.mlp.fc1.weight"][0], dim)),
         "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
         "qk_scale": None,
         "pool_kernel_size": kernels[0],
@@ -519,12 +520,8 @@ def network(config: Mapping[str, Any]) -> HVT:
     Raises:
         PolypatchError: patches that aren't square, and norms that aren't layer norms.
     """
-    norm = str(config.get("norm_layer", "LayerNorm"))
-    eps = re.fullmatch(r"LayerNorm(?:\(eps=([\d.e-]+)\))?", norm)
-    if eps is None:
-        raise PolypatchError(f"norm_layer is LayerNorm or LayerNorm(eps=…), got {norm!r}")
-    height, width = _pair(config.get("img_size", 224))
-    patch, other = _pair(config.get("patch_size", 16))
+    height, width = pair(config.get("img_size", 224))
+    patch, other = pair(config.get("patch_size", 16))
     if patch != other:
         raise PolypatchError(f"patches are square, got patch_size={patch}×{other}")
     dim = config.get("embed_dim", 768)
@@ -539,17 +536,13 @@ def network(config: Mapping[str, Any]) -> HVT:
         hidden=int(dim * config.get("mlp_ratio", 4.0)),
         qkv_bias=config.get("qkv_bias", False),
         scale=config.get("qk_scale"),
-        eps=float(eps[1] or 1e-5),
+        eps=norm_eps(config.get("norm_layer")),
         classes=config.get("num_classes", 1000),
         channels=config.get("in_chans", 3),
         dropout=config.get("drop_rate", 0.0),
         attention_dropout=config.get("attn_drop_rate", 0.0),
         drop_path=config.get("drop_path_rate", 0.0),
     )
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def from_official(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> HVT:
@@ -588,7 +581,7 @@ def official_config(model: HVT) -> dict[str, Any]:
         "embed_dim": model.dim,
         "depth": len(model.blocks),
         "num_heads": attention.heads,
-        "mlp_ratio": first.mlp.fc1.out_features / model.dim,
+        "mlp_ratio": expansion((first.mlp.fc1.out_features, model.dim)),
         "qkv_bias": attention.qkv.bias is not None,
         "qk_scale": attention.scale,
         "pool_kernel_size": model.kernel,
@@ -596,5 +589,5 @@ def official_config(model: HVT) -> dict[str, Any]:
         "drop_rate": model.dropout,
         "attn_drop_rate": attention.dropout,
         "drop_path_rate": last.drop_path.rate,
-        "norm_layer": f"LayerNorm(eps={model.norm.eps})",
+        "norm_layer": norm_word(model.norm.eps),
     }

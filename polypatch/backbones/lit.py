@@ -37,7 +37,6 @@ Here stand the sizes and the authors' weights, the network in ``lit_network.py``
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,6 +46,7 @@ from torch import Tensor, nn
 
 from ..errors import PolypatchError, suggest
 from ..nn import KeyMap, Rule
+from ..nn.arguments import expansion, norm_eps, norm_word
 from .lit_network import LIT, relative_bias
 
 __all__ = [
@@ -255,7 +255,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
             break
         depths.append(len({name.removeprefix(prefix).split(".")[0] for name in names}))
         dims.append(fc1[1])
-        ratios.append(fc1[0] / fc1[1])
+        ratios.append(expansion((fc1[0], fc1[1])))
         attention.append(int(f"{prefix}0.attn.qkv.weight" in shapes))
         table = shapes.get(f"{prefix}0.attn.relative_position_bias_table")
         heads.append(table[1] if table else max(1, fc1[1] // (32 if swin else 64)))
@@ -375,7 +375,7 @@ def network(config: Mapping[str, Any]) -> LIT:
         patch=given["patch_size"],
         patch_norm=given.get("patch_norm", True),
         map_norms=maps is not None,
-        eps=_eps(given["norm_layer"]),
+        eps=norm_eps(given["norm_layer"]),
         classes=0 if maps is not None else given["num_classes"],
         channels=given["in_chans"],
         resolution=side if isinstance(side, int) else tuple(side),
@@ -386,14 +386,6 @@ def network(config: Mapping[str, Any]) -> LIT:
         drop_path=given["drop_path_rate"],
     )
     return model.checkpointed(bool(given["use_checkpoint"]))
-
-
-def _eps(norm: str | None) -> float:
-    """Of ``"LayerNorm(eps=1e-6)"``; torch's own where it isn't written."""
-    found = re.fullmatch(r"(?:nn\.)?LayerNorm(?:\((?:eps=)?([\d.e+-]+)?\))?", norm or "LayerNorm")
-    if found is None:
-        raise PolypatchError(f'norm_layer is written "LayerNorm(eps=1e-6)", got {norm!r}')
-    return float(found.group(1) or 1e-5)
 
 
 def from_official(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> LIT:
@@ -445,7 +437,7 @@ def official_config(model: LIT) -> dict[str, Any]:
         "has_msa": [int(has) for has in model.attention],
         "qkv_bias": model.options["qkv_bias"],
         "qk_scale": model.options["scale"],
-        "norm_layer": f"LayerNorm(eps={model.eps:g})",
+        "norm_layer": norm_word(model.eps),
         "drop_rate": model.options["drop"],
         "attn_drop_rate": model.options["attn_drop"],
         "drop_path_rate": model.drop_path,

@@ -55,6 +55,7 @@ from ..nn import (
     fresh,
     pointwise,
 )
+from ..nn.arguments import expansion
 from ..nn.positions import resample_grid
 from .metaformer_mixers import (
     MIXER_NAMES,
@@ -597,12 +598,8 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         if len(hidden) == 4:
             if dims:
                 downsamples.append(cut)
-            ratio = hidden[0] / hidden[1]
-            # The authors cut dim · ratio down to a whole number, which must be this one.
-            if int(hidden[1] * ratio) < hidden[0]:
-                ratio = math.nextafter(ratio, math.inf)
             dims.append(hidden[1])
-            ratios.append(int(ratio) if ratio.is_integer() else ratio)
+            ratios.append(expansion((hidden[0], hidden[1])))
             depths.append(len({name.split(".")[2] for name in shapes if name.startswith(prefix)}))
             mixers.append(recognised_mixer(shapes, f"{prefix}0.token_mixer.", hidden[1]))
             positions.append(position)

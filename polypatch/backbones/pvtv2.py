@@ -30,7 +30,6 @@ with drop path :data:`DENSE_DROP_PATH` whatever the size.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,6 +53,7 @@ from ..nn import (
     fresh,
     pointwise,
 )
+from ..nn.arguments import expansion, norm_eps, norm_word
 
 __all__ = [
     "ASSUMED",
@@ -522,11 +522,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         patches = shapes.get(f"patch_embed{len(dims) + 1}.proj.weight")
         if patches is None or len(patches) != 4 or f"{prefix}0.attn.kv.weight" not in shapes:
             return None
-        ratio = hidden[0] / patches[0]
-        # The authors cut dim · ratio down to a whole number, which must be this one.
-        if int(patches[0] * ratio) < hidden[0]:
-            ratio = math.nextafter(ratio, math.inf)
-        ratios.append(int(ratio) if ratio.is_integer() else ratio)
+        ratios.append(expansion((hidden[0], patches[0])))
         dims.append(patches[0])
         depths.append(len({name.split(".")[1] for name in shapes if name.startswith(prefix)}))
         kernel = shapes.get(f"{prefix}0.attn.sr.weight", (0, 0, 0, 0))
@@ -586,9 +582,6 @@ def network(config: Mapping[str, Any]) -> PVTv2:
     got = {**_DEFAULTS, **config}
     if got["pretrained"]:
         raise PolypatchError("load a checkpoint with polypatch.load instead of pretrained=")
-    norm = re.fullmatch(r"(?:nn\.)?LayerNorm(?:\(eps=([\d.e+-]+)\))?", str(got["norm_layer"]))
-    if norm is None:
-        raise PolypatchError(f"PVT v2 here has layer norms only, not {got['norm_layer']!r}")
     stages = got["num_stages"]
     return PVTv2(
         dims=got["embed_dims"][:stages],
@@ -599,7 +592,7 @@ def network(config: Mapping[str, Any]) -> PVTv2:
         linear=got["linear"],
         qkv_bias=got["qkv_bias"],
         scale=got["qk_scale"] or None,
-        eps=float(norm.group(1) or 1e-5),
+        eps=norm_eps(got["norm_layer"]),
         classes=got["num_classes"],
         channels=got["in_chans"],
         dropout=got["drop_rate"],
@@ -643,7 +636,7 @@ def official_config(model: PVTv2) -> dict[str, Any]:
         "rectified": model.rectified,
         "qkv_bias": model.qkv_bias,
         "qk_scale": model.scale,
-        "norm_layer": f"LayerNorm(eps={model.eps})",
+        "norm_layer": norm_word(model.eps),
         "drop_rate": model.dropout,
         "attn_drop_rate": model.attention_dropout,
         "drop_path_rate": model.drop_path,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import PolypatchError, suggest
 from ..nn import KeyMap, Preprocessing, Rule
+from ..nn.arguments import expansion
 from .rvsa_attention import WindowAttention
 from .rvsa_network import RVSA
 
@@ -162,7 +163,7 @@ def recognise_network(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] |
     rows = full[0] // 2 + 1 if full else math.isqrt(table[1]) if table else 224 // patch
     cells = table[1] - (not dense) if table else rows * rows
     columns = cells // rows
-    ratio = (local[0] if local else fc1[0]) / stem[0]
+    ratio = expansion((local[0] if local else fc1[0], stem[0]))
     taps = tuple(depth * k // 12 - 1 for k in (4, 6, 8, 12))
     return {
         "cls": f"ViT{'AE_NC' if local else ''}_Win_RVSA{'_V3' if dense else ''}"

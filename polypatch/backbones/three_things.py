@@ -42,7 +42,6 @@ learning rate 4e-3 for S, 3e-3 for B and L), drop path 0.05 for S, 0.1 for B, 0.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +65,7 @@ from ..nn import (
     Preprocessing,
     init_parts,
 )
+from ..nn.arguments import expansion, norm_eps, norm_word
 from ..nn.positions import resample_grid
 from .three_things_parts import (
     FINETUNING,
@@ -490,10 +490,10 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         "embed_dim": dim,
         "depth": depth,
         "num_heads": heads,
-        "mlp_ratio": _ratio(hidden[0], dim),
+        "mlp_ratio": expansion((hidden[0], dim)),
         "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
         "qk_scale": None,
-        "norm_layer": _norm_name(1e-6),
+        "norm_layer": norm_word(1e-6),
         "block_layers": BLOCKS[1 + parallel, "blocks.0.gamma_1" in shapes],
         "Patch_layer": "hMLP_stem" if hmlp else "PatchEmbed",
         "stem_norm": "batch"
@@ -501,26 +501,6 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         else "layer",
         "init_scale": 1e-4,
     }
-
-
-def _ratio(hidden: int, dim: int) -> float:
-    """hidden / dim, so that the authors' ``int(dim * ratio)`` gives ``hidden`` again."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def _norm_name(eps: float) -> str:
-    return f"LayerNorm(eps={eps:g})".replace("e-0", "e-")
-
-
-def _norm_eps(name: str) -> float:
-    """ε out of ``LayerNorm`` (torch's default) or ``LayerNorm(eps=1e-6)``."""
-    match = re.fullmatch(r"LayerNorm(?:\(eps=([0-9.e+-]+)\))?", name)
-    if match is None:
-        raise PolypatchError(
-            f"there is no norm_layer={name!r}; write LayerNorm or LayerNorm(eps=1e-6)"
-        )
-    return float(match.group(1) or 1e-5)
 
 
 def network(config: Mapping[str, Any]) -> ParallelViT:
@@ -567,7 +547,7 @@ def network(config: Mapping[str, Any]) -> ParallelViT:
         resolution=size if isinstance(size, int) else (size[0], size[1]),
         qkv_bias=config.get("qkv_bias", False),
         scale=config.get("qk_scale") or None,
-        eps=_norm_eps(config.get("norm_layer", "LayerNorm")),
+        eps=norm_eps(config.get("norm_layer", "LayerNorm")),
         classes=config.get("num_classes", 1000),
         channels=config.get("in_chans", 3),
         dropout=config.get("drop_rate", 0.0),
@@ -619,7 +599,7 @@ def official_config(model: ParallelViT) -> dict[str, Any]:
         "drop_rate": model.dropout,
         "attn_drop_rate": model.attention_dropout,
         "drop_path_rate": model.drop_path,
-        "norm_layer": _norm_name(model.eps),
+        "norm_layer": norm_word(model.eps),
         "block_layers": BLOCKS[model.branches, scaled],
         "Patch_layer": "PatchEmbed" if model.stem_kind == "linear" else "hMLP_stem",
         "stem_norm": "layer" if model.stem_kind == "hmlp-layer" else "batch",

@@ -57,6 +57,7 @@ from ..nn import (
     fresh,
     linear,
 )
+from ..nn.arguments import expansion, pair
 from ..nn.positions import resample_grid
 
 __all__ = [
@@ -531,7 +532,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         "depth": len([n for n in shapes if re.fullmatch(r"blocks\.\d+\.inner_norm1\.weight", n)]),
         "outer_num_heads": known.heads if known else math.gcd(dim, max(1, dim // 64)),
         "inner_num_heads": known.inner_heads if known else math.gcd(inner_dim, 4),
-        "mlp_ratio": _ratio(
+        "mlp_ratio": expansion(
             (shapes["blocks.0.outer_mlp.fc1.weight"][0], dim),
             (shapes["blocks.0.inner_mlp.fc1.weight"][0], inner_dim),
         ),
@@ -541,18 +542,6 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         "se": int("blocks.0.se_layer.fc.0.weight" in shapes),
         "overlap": kernel == 7,
     }
-
-
-def _ratio(*pairs: tuple[int, int]) -> float:
-    """Which, times each width and rounded down, gives each hidden width."""
-    ratio = max(hidden / dim for hidden, dim in pairs)
-    while any(int(dim * ratio) < hidden for hidden, dim in pairs):
-        ratio = math.nextafter(ratio, math.inf)
-    return ratio
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def network(config: Mapping[str, Any]) -> TNT:
@@ -567,7 +556,7 @@ def network(config: Mapping[str, Any]) -> TNT:
     given = ARGUMENTS | dict(config)
     if given["norm_layer"] is not None:
         raise PolypatchError("TNT is built with layer norms; norm_layer can't be chosen")
-    patch, other = _pair(given["patch_size"])
+    patch, other = pair(given["patch_size"])
     if patch != other:
         raise PolypatchError(f"TNT is built with square patches, not {patch}×{other}")
     return TNT(
@@ -578,7 +567,7 @@ def network(config: Mapping[str, Any]) -> TNT:
         inner_heads=given["inner_num_heads"],
         patch=patch,
         stride=given["inner_stride"],
-        resolution=_pair(given["img_size"]),
+        resolution=pair(given["img_size"]),
         mlp_ratio=given["mlp_ratio"],
         qkv_bias=given["qkv_bias"],
         scale=given["qk_scale"],
@@ -623,7 +612,7 @@ def official_config(model: TNT) -> dict[str, Any]:
         "depth": len(model.blocks),
         "outer_num_heads": outer.attention.heads,
         "inner_num_heads": inner.attention.heads,
-        "mlp_ratio": _ratio(
+        "mlp_ratio": expansion(
             (outer.mlp.fc1.out_features, model.dim),
             (inner.mlp.fc1.out_features, model.words.conv.out_channels),
         ),

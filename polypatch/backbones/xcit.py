@@ -36,7 +36,6 @@ and not computed.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -60,6 +59,7 @@ from ..nn import (
     load_exactly,
     pointwise,
 )
+from ..nn.arguments import expansion
 from .xcit_blocks import (
     EPS,
     Block,
@@ -488,7 +488,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         "embed_dim": dim,
         "depth": depth,
         "num_heads": shapes["blocks.0.attn.temperature"][0],
-        "mlp_ratio": _ratio(shapes["blocks.0.mlp.fc1.weight"][0], dim),
+        "mlp_ratio": expansion((shapes["blocks.0.mlp.fc1.weight"][0], dim)),
         "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
         "eta": 1.0 if depth <= 12 else 1e-5,
         "use_pos": True,
@@ -500,12 +500,6 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         "tokens_norm": dim != 128,
         "qk_scale": None,
     }
-
-
-def _ratio(hidden: int, dim: int) -> float:
-    """Which, times ``dim`` and rounded down, gives ``hidden``."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def network(config: Mapping[str, Any]) -> XCiT:
@@ -582,7 +576,7 @@ def official_config(model: XCiT) -> dict[str, Any]:
         "embed_dim": model.dim,
         "depth": len(model.blocks),
         "num_heads": first.attention.heads,
-        "mlp_ratio": _ratio(first.mlp.fc1.out_features, model.dim),
+        "mlp_ratio": expansion((first.mlp.fc1.out_features, model.dim)),
         "qkv_bias": first.attention.qkv.bias is not None,
         "eta": model.gain,
         "use_pos": model.use_position,

@@ -52,6 +52,7 @@ from ..hosts.hooks import TrainingHook
 from ..hosts.layouts import TIMM, rename
 from ..hosts.vit import SIZES, Size, ViT, assemble_vit
 from ..nn import DropPath, GridPatching, LearnedPosition, Position, load_exactly
+from ..nn.arguments import expansion
 from ..nn.positions import sincos
 from ..tokens import Tokens
 from .elastic_sampling import GridSampler, MixedSampler, RandomSampler, Sampler, crop, grid_boxes
@@ -732,7 +733,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
         "embed_dim": dim,
         "depth": depth,
         "num_heads": max(1, dim // 64),
-        "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / dim,
+        "mlp_ratio": expansion((shapes["blocks.0.mlp.fc1.weight"][0], dim)),
         "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
         "block_layers": "Layer_scale_init_Block",
         "use_learned_pos_embed": False,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import PolypatchError, suggest
 from ..hosts.layouts import rename
 from ..nn import GridPatching, load_exactly
+from ..nn.arguments import expansion, pair
 from .spt_lsa_networks import cait, t2t, vit
 from .spt_lsa_pyramids import pit, swin
 
@@ -203,18 +204,13 @@ _SIGNATURES = {
 }
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = value if isinstance(value, list | tuple) else (value, value)
-    return int(first), int(second)
-
-
 def _grid(a: Mapping[str, Any], step: int) -> tuple[int, int]:
-    height, width = _pair(a["img_size"])
+    height, width = pair(a["img_size"])
     return height // step, width // step
 
 
 def _patch(a: Mapping[str, Any]) -> int:
-    height, width = _pair(a["patch_size"])
+    height, width = pair(a["patch_size"])
     if height != width:
         raise PolypatchError(f"patches of {height}×{width} are not square, which SPT needs")
     return height
@@ -279,7 +275,7 @@ def _pit_numbers(a: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _t2t_numbers(a: Mapping[str, Any]) -> dict[str, Any]:
-    splits = 3 if _pair(a["img_size"])[0] == 64 else 2  # their rule
+    splits = 3 if pair(a["img_size"])[0] == 64 else 2  # their rule
     return dict(
         grid=_grid(a, 2**splits),
         splits=splits,
@@ -431,7 +427,7 @@ def _told_t2t(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
         "embed_dim": dim,
         "depth": _count(shapes, "blocks.{}.norm1.weight"),
         "num_heads": shapes["blocks.0.attn.scale"][0] if lsa else 4,
-        "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / dim,
+        "mlp_ratio": expansion((shapes["blocks.0.mlp.fc1.weight"][0], dim)),
         "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
         "token_dim": shapes["tokens_to_token.attention1.norm2.weight"][0],
         "is_SPT": spt,
@@ -453,7 +449,7 @@ def _told_swin(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
         "depths": [_count(shapes, f"layers.{s}.blocks.{{}}.norm1.weight") for s in stages],
         "num_heads": [shapes[table.format(s)][1] for s in stages],
         "window_size": max((math.isqrt(shapes[table.format(s)][0]) + 1) // 2 for s in stages),
-        "mlp_ratio": shapes["layers.0.blocks.0.mlp.fc1.weight"][0] / dim,
+        "mlp_ratio": expansion((shapes["layers.0.blocks.0.mlp.fc1.weight"][0], dim)),
         "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in shapes,
         "patch_norm": plain is None or "patch_embed.norm.weight" in shapes,
         "is_LSA": "layers.0.blocks.0.attn.scale" in shapes,

@@ -367,7 +367,7 @@ def test_other_networks_are_not_taken_for_this_one():
     ("config", "sentence"),
     [
         ({"depth": [1]}, "no argument 'depth'; did you mean depths"),
-        ({"norm_layer": "BatchNorm2d"}, "layer norms only, not 'BatchNorm2d'"),
+        ({"norm_layer": "BatchNorm2d"}, "no norm_layer='BatchNorm2d'"),
         ({"pretrained": "b2.pth"}, "polypatch.load"),
     ],
 )
