@@ -176,14 +176,11 @@ def added(
     scale: nn.Module,
     drop_path: nn.Module,
 ) -> Float[Tensor, "batch tokens dim"]:
-    """x + scale(layer(update)). In inference a product without scale is accumulated where x and the
-    bias have been added, which saves a pass over the tokens."""
-    if torch.is_grad_enabled() or layer.training or x.dtype != update.dtype:
-        return x + drop_path(scale(layer(update)))
-    if isinstance(scale, LayerScale):
-        return fresh.add_scaled(x, layer(update), scale.gamma)
-    total = (x + layer.bias).flatten(0, 1)
-    return total.addmm_(update.flatten(0, 1), layer.weight.T).view_as(x)
+    """x + scale(layer(update)), with as few passes over the tokens as there can be."""
+    update = layer(update)
+    if isinstance(scale, LayerScale) and not layer.training:
+        return fresh.add_scaled(x, update, scale.gamma)
+    return fresh.add(x, drop_path(scale(update)))
 
 
 class ParallelBlock(Block):

@@ -43,39 +43,14 @@ def test_helpers_are_no_claims():
         claim_of("quadtre")
 
 
-#: written, but not run for the record yet: that wants a machine with nothing else on it
-NOT_RUN_YET = {
-    "boat",
-    "convmixer",
-    "crossvit",
-    "cswin",
-    "dat",
-    "duoformer",
-    "hvt",
-    "lit",
-    "metaformer",
-    "mvit",
-    "neural-ode",
-    "patch-scaling",
-    "pvtv2",
-    "rvsa",
-    "shvit",
-    "three-things",
-    "tnt",
-    "vikanformer",
-    "xcit",
-}
-
-
 def test_every_outcome_has_a_claim_and_every_claim_an_outcome():
     sections = PAGE.read_text(encoding="utf-8").split("\n## ")[1:]
     outcomes = dict(section.split("\n")[0].split(": ") for section in sections)
-    assert not set(outcomes) & NOT_RUN_YET, "these have been run: take them off the list"
-    assert set(outcomes) | NOT_RUN_YET == set(claim_slugs())
+    assert set(outcomes) == set(claim_slugs())
     assert set(outcomes.values()) <= set(VERDICTS)
 
 
-@pytest.mark.parametrize("slug", [s for s in claim_slugs() if s not in NOT_RUN_YET])
+@pytest.mark.parametrize("slug", claim_slugs())
 def test_the_page_tells_of_the_claim_as_it_is_and_draws_the_verdict_from_its_values(slug):
     claim = claim_of(slug)
     (section,) = re.findall(rf"\n## {slug}: (.*?)(?=\n## |\Z)", PAGE.read_text(), re.DOTALL)
