@@ -21,12 +21,9 @@ ablation loses a fraction of a point.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..backbones.dat_attention import DeformableAttention
-from ..training.cost import latency
+from ..training.cost import count_flops, latency
 from .base import Claim, Evidence, Lab
 from .evaluation import spread
 
@@ -51,13 +48,6 @@ def module(*, offsets: bool, stride: int = STRIDE) -> DeformableAttention:
     ).eval()
 
 
-@torch.no_grad()
-def operations(part: nn.Module, x: Tensor) -> int:
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        part(x)
-    return counter.get_total_flops()
-
-
 def experiment(lab: Lab) -> Evidence:
     arms = {
         "49 points that move": dict(offsets=True),
@@ -71,7 +61,7 @@ def experiment(lab: Lab) -> Evidence:
         x = torch.randn(1, SIDE, SIDE, DIM)
         for name, options in arms.items():
             part = module(**options)
-            counts[name].append(operations(part, x))
+            counts[name].append(count_flops(part, x))
             times[name].append(1e3 * latency(lambda part=part, x=x: part(x)))
     moving, standing, _ = counts.values()
     shares = [100 * (a - b) / a for a, b in zip(moving, standing)]

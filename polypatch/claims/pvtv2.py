@@ -22,13 +22,10 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from ..backbones.pvtv2 import Attention, ConvReduction, PoolReduction
-from ..training.cost import latency
+from ..training.cost import count_flops, latency
 from .base import Claim, Evidence, Lab
 from .evaluation import spread
 
@@ -45,14 +42,6 @@ def layers() -> dict[str, nn.Module]:
     }
 
 
-@torch.no_grad()
-def operations_of(layer: nn.Module, x: Float[Tensor, "1 height width dim"]) -> int:
-    # The counter doesn't know the fused attention of every backend.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        layer(x)
-    return counter.get_total_flops()
-
-
 def experiment(lab: Lab) -> Evidence:
     seconds: dict[str, dict[int, list[float]]] = {}
     operations: dict[tuple[str, int], float] = {}
@@ -65,7 +54,7 @@ def experiment(lab: Lab) -> Evidence:
             for side in SIDES[:-1] if name.startswith("plain") else SIDES:
                 taken = latency(partial(layer, maps[side]), seconds=0.5)
                 seconds.setdefault(name, {}).setdefault(side, []).append(taken)
-                operations[name, side] = operations_of(layer, maps[side]) / side**2
+                operations[name, side] = count_flops(layer, maps[side]) / side**2
 
     def kept(name: str) -> tuple[float, ...]:
         """Tokens per second at the largest map over those at the smallest, of each seed."""

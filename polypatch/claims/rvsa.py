@@ -24,12 +24,10 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..backbones.rvsa_attention import FullAttention, WindowAttention
 from ..nn import Attention
-from ..training.cost import latency, peak_memory
+from ..training.cost import count_flops, latency, peak_memory
 from .base import Claim, Evidence, Lab
 from .evaluation import spread
 
@@ -59,14 +57,6 @@ def layers() -> dict[str, nn.Module]:
     }
 
 
-@torch.no_grad()
-def operations_of(layer: nn.Module, x: Float[Tensor, "1 height width dim"]) -> int:
-    # The counter doesn't know the fused attention of every backend.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        layer(x)
-    return counter.get_total_flops()
-
-
 def experiment(lab: Lab) -> Evidence:
     seconds: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
@@ -80,7 +70,7 @@ def experiment(lab: Lab) -> Evidence:
             seconds.setdefault(name, []).append(latency(call, seconds=1.0, least=3, warmup=1))
             if name not in memory:
                 memory[name] = peak_memory(call) / 2**20
-                operations[name] = operations_of(layer, x) / 1e9
+                operations[name] = count_flops(layer, x) / 1e9
     both = zip(seconds["plain attention"], seconds["RVSA"], strict=True)
     return Evidence(
         values=tuple(plain / moving for plain, moving in both),

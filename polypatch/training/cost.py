@@ -69,11 +69,11 @@ def measure(
 
 
 @torch.no_grad()
-def count_flops(model: nn.Module, images: Float[Tensor, "batch 3 height width"]) -> int:
-    """Operations of one forward pass of the whole batch."""
+def count_flops(model: nn.Module, x: Float[Tensor, "batch *rest"]) -> int:
+    """Operations of one forward pass of a whole batch, of a network or of a layer."""
     # The counter knows fused attention only on some backends; the plain one is two products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(images)
+        model(x)
     return counter.get_total_flops()
 
 
