@@ -21,7 +21,6 @@ from polypatch.backbones.pvtv2 import (
     PVTv2,
     in_pieces,
 )
-from polypatch.claims.pvtv2 import operations_of
 from polypatch.errors import PolypatchError
 from polypatch.training.cost import count_flops
 
@@ -167,7 +166,7 @@ def test_costs_of_equations_1_and_2():
 
     def operations(reduction: nn.Module | None, side: int) -> int:
         module = Attention(dim=dim, heads=1, reduction=reduction)
-        total = operations_of(module, torch.zeros(1, side, side, dim))
+        total = count_flops(module, torch.zeros(1, side, side, dim))
         tokens = {type(None): side**2, ConvReduction: (side // r) ** 2, PoolReduction: 49}
         return total // 2 - (2 * side**2 + 2 * tokens[type(reduction)]) * dim**2
 
