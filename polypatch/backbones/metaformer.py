@@ -53,6 +53,7 @@ from ..nn import (
     Preprocessing,
     Rule,
     fresh,
+    in_pieces,
     pointwise,
 )
 from ..nn.arguments import expansion
@@ -73,7 +74,6 @@ from .metaformer_mixers import (
     position_of,
     recognised_mixer,
 )
-from .pvtv2 import in_pieces
 
 __all__ = [
     "ASSUMED",

@@ -30,12 +30,11 @@ with drop path :data:`DENSE_DROP_PATH` whatever the size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -51,6 +50,7 @@ from ..nn import (
     Linear,
     Rule,
     fresh,
+    in_pieces,
     pointwise,
 )
 from ..nn.arguments import expansion, norm_eps, norm_word
@@ -79,23 +79,6 @@ __all__ = [
 DENSE_DROP_PATH = 0.1
 
 STRIDES = (4, 8, 16, 32)
-
-#: values of the widest map of a group of samples (16 MiB in float32), see :func:`in_pieces`
-PIECE = 2**22
-
-
-def in_pieces(
-    function: Callable[[Tensor], Tensor], x: Float[Tensor, "batch *rest"], *, widest: int
-) -> Float[Tensor, "batch *out"]:
-    """``function(x)``, on a CPU without gradients in groups of samples, joined.
-
-    Memory of a size that the allocator keeps, and that fits into the cache, is used again from
-    block to block; a whole batch's maps come fresh from the system each time, which takes longer
-    than what is done with them. ``widest``: values of a sample's widest map inside of ``function``.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu:
-        return function(x)
-    return torch.cat([function(part) for part in x.split(max(1, PIECE // widest))])
 
 
 class ConvReduction(nn.Module):

@@ -43,6 +43,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -59,7 +60,6 @@ from ..nn import (
     Preprocessing,
     Rule,
     init_parts,
-    patchify,
     rotate,
 )
 from .vikanformer_expansions import EXPANSIONS, Expansion, SineExpansion, Single
@@ -240,11 +240,11 @@ class ViKANformer(Backbone):
                 f"the input has {image.shape[1]} channels, this network takes {self.channels}"
             )
         below, right = (-side % self.patch for side in image.shape[-2:])
-        image = F.pad(image, (0, right, 0, below))
-        # Patches are flattened as (channel, row, column); patchify puts the channel last.
+        if below or right:
+            image = F.pad(image, (0, right, 0, below))
+        # Unlike in patchify the channel comes first. No name is kept: blocks need the memory.
         side = self.patch
-        flat = patchify(image, (side, side)).unflatten(2, (side * side, self.channels))
-        x = self.patch_map(flat.transpose(2, 3).flatten(2))
+        x = self.patch_map(rearrange(image, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side))
         x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = x + position_table(x.shape[1], self.dim, like=x)
         for block in self.blocks:

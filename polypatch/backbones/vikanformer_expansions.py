@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..nn import linear
+from ..nn import fresh, in_pieces, linear
 
 __all__ = [
     "EXPANSIONS",
@@ -132,8 +132,13 @@ class Expansion(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch maps inputs"]
     ) -> Float[Tensor, "*batch maps outputs"]:
-        y, offset = mapped(self.features(x), self.matrix()), self.offset()
-        return y if offset is None else y + offset
+        weight, offset = self.matrix(), self.offset()
+
+        def product(x: Tensor) -> Tensor:
+            y = mapped(self.features(x), weight)
+            return y if offset is None else fresh.add(offset, y)
+
+        return in_pieces(product, x, widest=x[0].numel() // self.inputs * weight.shape[-1])
 
     def repeated(
         self, x: Float[Tensor, "*batch groups inputs"]
@@ -142,10 +147,13 @@ class Expansion(nn.Module):
         copies = self.maps // x.shape[-2]
         if not self.shares_features:
             return self(torch.cat([x] * copies, dim=-2))
-        weight = self.matrix().unflatten(0, (copies, -1))
-        y = torch.einsum("...gf,cgof->...cgo", self.features(x), weight).flatten(-3, -2)
-        offset = self.offset()
-        return y if offset is None else y + offset
+        weight, offset = self.matrix().unflatten(0, (copies, -1)), self.offset()
+
+        def product(x: Tensor) -> Tensor:
+            y = torch.einsum("...gf,cgof->...cgo", self.features(x), weight).flatten(-3, -2)
+            return y if offset is None else fresh.add(offset, y)
+
+        return in_pieces(product, x, widest=x[0].numel() // self.inputs * weight.shape[-1])
 
 
 class Single(nn.Module):
@@ -271,7 +279,8 @@ class RadialExpansion(Expansion):
         self, x: Float[Tensor, "*batch maps inputs"]
     ) -> Float[Tensor, "*batch maps inputs grid"]:
         """exp(-((x - centre) / δ)²), without the norm; δ is the distance of the centres."""
-        return torch.exp(-(((x[..., None] - self.centres[:, None]) / self.width) ** 2))
+        distance = (x / self.width)[..., None] - (self.centres / self.width)[:, None]
+        return fresh.gaussian(distance)
 
     def features(self, x: Float[Tensor, "*batch maps inputs"]) -> Tensor:
         normed = F.layer_norm(x, (self.inputs,)) * self.norm_weight + self.norm_bias

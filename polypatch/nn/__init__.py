@@ -26,6 +26,7 @@ from .patches import (
     patchify,
     unpatchify,
 )
+from .pieces import in_pieces
 from .pooling import AttentionPool, ClassAndMean, ClassToken, MeanPool
 from .positions import (
     LearnedPosition,
@@ -82,6 +83,7 @@ __all__ = [
     "check_fit",
     "folded",
     "fresh",
+    "in_pieces",
     "init_parts",
     "init_transformer_weights",
     "linear",

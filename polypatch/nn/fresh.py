@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["add", "add_scaled", "affine", "affine_of", "gelu", "relu", "silu"]
+__all__ = ["add", "add_scaled", "affine", "affine_of", "gaussian", "gelu", "relu", "silu"]
 
 
 def _overwrites() -> bool:
@@ -32,6 +32,13 @@ def relu(fresh: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 def silu(fresh: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return F.silu(fresh, inplace=_overwrites())
+
+
+def gaussian(fresh: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """exp(-x²)."""
+    if not _overwrites():
+        return (-fresh.square()).exp()
+    return fresh.square_().neg_().exp_()
 
 
 def add(x: Float[Tensor, "*shape"], fresh: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

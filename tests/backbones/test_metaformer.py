@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from polypatch import create
-from polypatch.backbones import metaformer, pvtv2
+from polypatch.backbones import metaformer
 from polypatch.backbones.metaformer import MetaFormer, MetaFormerBlock
 from polypatch.backbones.metaformer_mixers import (
     BatchNorm,
@@ -25,7 +25,7 @@ from polypatch.backbones.metaformer_mixers import (
     SpatialFc,
 )
 from polypatch.errors import PolypatchError
-from polypatch.nn import fresh
+from polypatch.nn import fresh, pieces
 
 
 def lived_in(module: nn.Module) -> nn.Module:
@@ -253,9 +253,9 @@ def test_groups_of_samples_change_nothing(monkeypatch):
     for norm in ("group", "layer", "batch"):
         model = lived_in(create(f"metaformer-nano(norm={norm})", classes=5))
         with torch.no_grad():
-            monkeypatch.setattr(pvtv2, "PIECE", 2**22)
+            monkeypatch.setattr(pieces, "PIECE", 2**22)
             whole, trained = model(image), model.train()(image)
-            monkeypatch.setattr(pvtv2, "PIECE", 1)
+            monkeypatch.setattr(pieces, "PIECE", 1)
             torch.testing.assert_close(model(image), trained, rtol=1e-4, atol=1e-5)
             lived_in(model)  # training has moved the statistics
             torch.testing.assert_close(model(image), whole, rtol=1e-4, atol=1e-5)
