@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,8 @@ __all__ = ["Linear", "linear"]
 
 #: multiplications; what is smaller loses by the call more than it gains
 SMALL = 2**20
+#: weights; the same for compilers, which must not look at sizes that are left open
+SMALL_MATRIX = 2**14
 
 #: what oneDNN can do to a result before it is written, by the function that does it otherwise
 FUSED: dict[Callable[[Tensor], Tensor] | None, tuple[str, str]] = {
@@ -37,18 +38,45 @@ def _onednn() -> Callable[..., Tensor] | None:
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
+@torch.library.custom_op("polypatch::linear", mutates_args=(), device_types="cpu")
+def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, form: str) -> Tensor:
+    """oneDNN's operation as one that torch.compile leaves as it is. By itself the compiler takes
+    MKL for linear layers, which on processors of other makers is slower, and knows oneDNN's
+    operation only with constant weights."""
+    return _onednn()(x, weight, bias, activation, [], form)  # type: ignore[misc]
+
+
+@_opaque.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, form: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.compiler.assume_constant_result
+def _enabled() -> bool:
+    return torch.backends.mkldnn.enabled and _onednn() is not None
+
+
 def _usual(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the layer is left to torch: where gradients, casts or anybody who watches the
-    operations (a compiler, a counter) need the operation that they know."""
+    operations (an exporter, a counter) need the operation that they know."""
     return (
         torch.is_grad_enabled()
         or not x.is_cpu
-        or torch.compiler.is_compiling()
         or not x.dtype == weight.dtype == torch.float32
-        or x.numel() * weight.shape[0] < SMALL
         or torch.is_autocast_enabled("cpu")
-        or not torch.backends.mkldnn.enabled
+        or not _enabled()
         or any(type(t) not in (Tensor, nn.Parameter) for t in (x, weight, bias) if t is not None)
+        or (_plain(weight) if torch.compiler.is_compiling() else _small_or_watched(x, weight))
+    )
+
+
+def _plain(weight: Tensor) -> bool:
+    return torch.compiler.is_exporting() or weight.numel() < SMALL_MATRIX
+
+
+def _small_or_watched(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.numel() * weight.shape[0] < SMALL
         or _get_current_dispatch_mode() is not None
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
@@ -67,14 +95,15 @@ def linear(
     half of the passes over a wide result. Sums are taken in another order there, so that results
     differ in the last digits from those with gradients.
     """
-    product: Any = None if _usual(x, weight, bias) else _onednn()
-    if product is None:
+    if _usual(x, weight, bias):
         y = F.linear(x, weight, bias)
         return y if activation is None else activation(y)
-    if activation not in FUSED:
-        return activation(product(x, weight, bias, "none", [], ""))  # type: ignore[misc]
-    name, form = FUSED[activation]
-    return product(x, weight, bias, name, [], form)
+    name, form = FUSED.get(activation, FUSED[None])
+    if torch.compiler.is_compiling():
+        y = _opaque(x, weight, bias, name, form)
+    else:
+        y = _onednn()(x, weight, bias, name, [], form)  # type: ignore[misc]
+    return y if activation in FUSED else activation(y)  # type: ignore[misc]
 
 
 class Linear(nn.Linear):

@@ -108,6 +108,34 @@ def test_compiled_and_exported_it_is_the_documented_operation(activation) -> Non
     torch.testing.assert_close(program.module()(x), Both()(x), rtol=1e-5, atol=1e-5)
 
 
+@needs_onednn
+def test_the_compilers_operation_keeps_its_word() -> None:
+    """Shapes without data, no aliases, and all else that torch asks of an operation."""
+    x, weight, bias = torch.randn(2, 3, 8), torch.randn(5, 8), torch.randn(5)
+    for arguments in ((x, weight, bias, "gelu", "none"), (x, weight, None, "none", "")):
+        torch.library.opcheck(torch.ops.polypatch.linear.default, arguments)
+
+
+@needs_onednn
+@pytest.mark.parametrize("activation", [None, fresh.gelu, torch.tanh])
+def test_compilers_get_onednns_operation_in_inference_alone(activation) -> None:
+    torch.compiler.reset()
+    layer, x = Linear(96, 256), torch.randn(3, 50, 96)
+    graphs = []
+
+    def kept(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    compiled = torch.compile(lambda x: layer(x, activation), backend=kept, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x, activation), rtol=1e-5, atol=1e-5)
+        torch._dynamo.mark_dynamic(other := torch.randn(7, 50, 96), 0)
+        compiled(other)  # a size that is left open
+    compiled(x)  # with gradients
+    assert ["polypatch" in graph for graph in graphs] == [True, True, False]
+
+
 def test_it_is_torchs_layer_with_torchs_names() -> None:
     assert isinstance(Linear(3, 4), torch.nn.Linear)
     assert list(Linear(3, 4).state_dict()) == ["weight", "bias"]
