@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PolypatchError
-from ..nn import DropPath, Linear, Mlp, fresh, linear
+from ..nn import DropPath, Linear, Mlp, fresh
 
 __all__ = [
     "EPS",
@@ -98,10 +98,12 @@ class Position(nn.Module):
     def forward(self, height: int, width: int) -> Float[Tensor, "{height} {width} dim"]:
         weight = self.proj.weight
         row, column = (
-            linear(fourier_code(cells, device=weight.device).to(weight.dtype), part)
-            for cells, part in zip((height, width), weight.split(WAVES, dim=1))
+            fourier_code(cells, device=weight.device).to(weight.dtype) for cells in (height, width)
         )
-        return row[:, None] + column + self.proj.bias
+        codes = [row[:, None].expand(-1, width, -1), column.expand(height, -1, -1)]
+        # One product of all places. The sum of two, of rows and of columns, would be less work, but
+        # compilers then take its odd layout for all tokens of the network.
+        return self.proj(torch.cat(codes, dim=-1))
 
 
 # ---- modules -------------------------------------------------------------------------------------
