@@ -38,7 +38,13 @@ def _onednn() -> Callable[..., Tensor] | None:
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-@torch.library.custom_op("polypatch::linear", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "polypatch::linear",
+    mutates_args=(),
+    device_types="cpu",
+    # Written out, as whoever wraps functions to check shapes hides the names in annotations.
+    schema="(Tensor x, Tensor weight, Tensor? bias, str activation, str form) -> Tensor",
+)
 def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, form: str) -> Tensor:
     """oneDNN's operation as one that torch.compile leaves as it is. By itself the compiler takes
     MKL for linear layers, which on processors of other makers is slower, and knows oneDNN's
