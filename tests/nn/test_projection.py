@@ -116,6 +116,7 @@ def test_the_compilers_operation_keeps_its_word() -> None:
         torch.library.opcheck(torch.ops.polypatch.linear.default, arguments)
 
 
+@pytest.mark.slow  # and not with checked signatures, which break graphs
 @needs_onednn
 @pytest.mark.parametrize("activation", [None, fresh.gelu, torch.tanh])
 def test_compilers_get_onednns_operation_in_inference_alone(activation) -> None:
