@@ -136,7 +136,7 @@ class Expansion(nn.Module):
 
         def product(x: Tensor) -> Tensor:
             y = mapped(self.features(x), weight)
-            return y if offset is None else fresh.add(offset, y)
+            return y if offset is None else y + offset
 
         return in_pieces(product, x, widest=x[0].numel() // self.inputs * weight.shape[-1])
 
@@ -151,7 +151,7 @@ class Expansion(nn.Module):
 
         def product(x: Tensor) -> Tensor:
             y = torch.einsum("...gf,cgof->...cgo", self.features(x), weight).flatten(-3, -2)
-            return y if offset is None else fresh.add(offset, y)
+            return y if offset is None else y + offset
 
         return in_pieces(product, x, widest=x[0].numel() // self.inputs * weight.shape[-1])
 
