@@ -19,6 +19,7 @@ features, and what is learned is a matrix on them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,15 @@ def mapped(
     if len(weight) == 1:
         return linear(features, weight[0])
     return torch.einsum("...mf,mof->...mo", features, weight)
+
+
+def _grouped(
+    product: Callable[[Tensor], Tensor], x: Float[Tensor, "*batch groups inputs"], *, features: int
+) -> Float[Tensor, "*batch maps outputs"]:
+    """``product(x)`` in groups of samples, as far as there is a batch to cut."""
+    if x.ndim < 3:
+        return product(x)
+    return in_pieces(product, x, widest=math.prod(x.shape[1:-1]) * features)
 
 
 def uniform_knots(
@@ -138,7 +148,7 @@ class Expansion(nn.Module):
             y = mapped(self.features(x), weight)
             return y if offset is None else y + offset
 
-        return in_pieces(product, x, widest=x[0].numel() // self.inputs * weight.shape[-1])
+        return _grouped(product, x, features=weight.shape[-1])
 
     def repeated(
         self, x: Float[Tensor, "*batch groups inputs"]
@@ -153,7 +163,7 @@ class Expansion(nn.Module):
             y = torch.einsum("...gf,cgof->...cgo", self.features(x), weight).flatten(-3, -2)
             return y if offset is None else y + offset
 
-        return in_pieces(product, x, widest=x[0].numel() // self.inputs * weight.shape[-1])
+        return _grouped(product, x, features=weight.shape[-1])
 
 
 class Single(nn.Module):

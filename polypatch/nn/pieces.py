@@ -23,7 +23,7 @@ def in_pieces(
     block to block; a whole batch's maps come fresh from the system each time, which takes longer
     than what is done with them. ``widest``: values of a sample's widest map inside of ``function``.
     """
-    group = max(1, PIECE // widest)
+    group = max(1, PIECE // max(1, widest))
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu or len(x) <= group:
         return function(x)
     return torch.cat([function(part) for part in x.split(group)])

@@ -252,3 +252,14 @@ def test_bad_configurations():
         vikanformer.network({"chw": [1, 28, 28], "n_patches": 5})
     with pytest.raises(PolypatchError, match="no blocks='post'"):
         ViKANformer(dim=8, depth=1, heads=2, patch=4, blocks="post")
+
+
+@pytest.mark.parametrize("kind", EXPANSIONS)
+def test_expansions_without_a_batch_or_with_an_empty_one(kind: str, monkeypatch) -> None:
+    monkeypatch.setattr("polypatch.nn.pieces.PIECE", 1)
+    layer = EXPANSIONS[kind](inputs=4, outputs=3, maps=2)
+    layer.init_weights()
+    x = torch.randn(5, 2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x[0]), layer(x)[0], rtol=1e-5, atol=1e-6)
+        assert layer(x[:0]).shape == (0, 2, 3)
