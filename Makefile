@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Spinning OpenMP threads beside another busy process slow a forward many times over.
-export OMP_WAIT_POLICY = passive
+# Two test processes of two threads each: threads that spin while they wait would slow both many
+# times over. `compare` has the machine to itself, and there sleeping threads slow small models.
+test test-slow: export OMP_WAIT_POLICY = passive
 
 .PHONY: compare test test-slow lint format docs clean
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -30,7 +32,7 @@ from .spec import create, parse
 from .training.budget import Budget
 from .training.cost import Cost, measure
 from .training.recipe import Recipe
-from .training.runs import Run, RunConfig
+from .training.runs import Run, RunConfig, write_file
 
 __all__ = [
     "DEFAULT_SPECS",
@@ -163,7 +165,9 @@ def compare(
     began = time.perf_counter()
     if seeds < 1:
         raise PolypatchError(f"a comparison needs at least one seed, got seeds={seeds}")
-    Budget.parse(budget)
+    if jobs is not None and jobs < 1:
+        raise PolypatchError(f"a comparison needs at least one run at a time, got jobs={jobs}")
+    amount = Budget.parse(budget).words
     recipe = recipe or Recipe(lr=2e-3)
     canonical = list(dict.fromkeys(str(parse(text)) for text in specs))
     if not canonical:
@@ -194,7 +198,8 @@ def compare(
     ]
     finished = sum(job.run.result is not None for job in work)
     say(
-        f"Training {len(canonical)} models × {seeds} seeds, {budget} each, on "
+        f"Training {len(canonical)} model{'s'[: len(canonical) != 1]} × {seeds} "
+        f"seed{'s'[: seeds != 1]}, {amount} each, on "
         f"{len(source.classes)} classes at {source.resolution}×{source.resolution}"
         + (f" ({finished} of {len(work)} runs are there already)" if finished else "")
     )
@@ -389,7 +394,16 @@ def _on_ray(work: Sequence[Job], address: str, refresh: Callable[[], None]) -> N
         raise PolypatchError("--ray needs the ray package: pip install 'polypatch[ray]'") from error
     started = not ray.is_initialized()
     if started:
-        ray.init(address=None if address == "local" else address, log_to_driver=False)
+        try:
+            if address not in ("local", "auto"):  # Ray itself tries for minutes before it gives up
+                place = urlsplit(address if "://" in address else f"ray://{address}")
+                socket.create_connection((place.hostname, place.port), timeout=10).close()
+            ray.init(address=address, log_to_driver=False)
+        except (OSError, ValueError) as error:  # ValueError: this is no address
+            raise PolypatchError(
+                f"no Ray cluster answers at {address!r}; give its head node as host:port, or local "
+                f"to start one here ({error})"
+            ) from error
     try:
         remote = ray.remote(_run_and_send)
         pending = [remote.remote(job) for job in work]
@@ -400,7 +414,7 @@ def _on_ray(work: Sequence[Job], address: str, refresh: Callable[[], None]) -> N
                 folder.mkdir(parents=True, exist_ok=True)
                 for file, content in files.items():
                     if not (folder / file).exists():
-                        (folder / file).write_bytes(content)
+                        write_file(folder / file, content)
             refresh()
     finally:
         if started:

@@ -66,8 +66,8 @@ def command(
 ) -> None:
     """Train models under one budget, measure what each costs, say which is worth it.
 
-    Leaves a report in --out (open index.html). Runs are kept: a second call reuses what is
-    finished and goes on with what was interrupted.
+    Leaves a report in --out (open index.html). Runs are kept: the same call again
+    reuses what is finished and goes on with what was interrupted.
     """
     terminal = console()
     terminal.print("Loading …")

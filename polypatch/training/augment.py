@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
@@ -182,9 +183,6 @@ def mix(
 
 
 def _beta(alpha: float, generator: torch.Generator) -> float:
-    """Beta(alpha, alpha) from the generator (Jöhnk's method; torch.distributions takes none)."""
-    while True:
-        u, v = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-        x, y = u ** (1 / alpha), v ** (1 / alpha)
-        if 0 < x + y <= 1:
-            return x / (x + y)
+    """Beta(alpha, alpha), drawn by NumPy from a seed of the generator (torch's takes none)."""
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    return np.random.default_rng(seed).beta(alpha, alpha)

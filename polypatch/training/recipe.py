@@ -53,7 +53,13 @@ class Recipe:
                 raise PolypatchError(sentence)
 
         check(self.batch >= 1, f"a batch has at least 1 sample, got batch={self.batch}")
-        check(self.lr > 0, f"the learning rate must be positive, got lr={self.lr}")
+        check(0 < self.lr < math.inf, f"the learning rate must be positive, got lr={self.lr}")
+        for name in ("final_lr", "weight_decay", "clip", "mixup", "cutmix"):
+            value = getattr(self, name)
+            check(0 <= value < math.inf, f"{name} is 0 or positive, got {name}={value}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            check(0 <= value < 1, f"{name} lies in [0, 1), got {name}={value}")
         check(0 <= self.warmup < 1, f"warmup is a fraction of all steps, got {self.warmup}")
         check(0 <= self.smoothing < 1, f"smoothing lies in [0, 1), got {self.smoothing}")
         check(0 <= self.ema < 1, f"an EMA decay lies in [0, 1), got ema={self.ema}")

@@ -23,7 +23,7 @@ from typing import Any
 from ..errors import PolypatchError
 from .recipe import Recipe
 
-__all__ = ["Run", "RunConfig", "write_json"]
+__all__ = ["Run", "RunConfig", "write_file", "write_json"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ class Run:
     def rewind(self, step: int) -> None:
         """Drop metric lines behind ``step``, which a resumed run will write again."""
         kept = [row for row in self.metrics() if row.get("step", 0) <= step]
-        _replace(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+        content = "".join(json.dumps(row) + "\n" for row in kept)
+        write_file(self.metrics_file, content.encode())
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
@@ -169,14 +170,15 @@ class Run:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, as a whole or not at all."""
+    write_file(path, f"{json.dumps(value, indent=2, sort_keys=True)}\n".encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
     """Write a file as a whole or not at all."""
-    _replace(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w", encoding="utf-8") as handle:
-        handle.write(text)
+    with open(beside, "wb") as handle:
+        handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(beside, path)

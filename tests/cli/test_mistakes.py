@@ -13,12 +13,15 @@ CASES = [
     (["compare", "vit-nano", "--data", "bundled:photo"], "photos"),
     (["compare", "vit-nano", "--budget", "60"], "60s, 10min, 500steps, 3epochs"),
     (["compare", "vit-nano", "--seeds", "0"], "at least one seed"),
+    (["compare", "vit-nano", "--jobs", "0"], "at least one run at a time"),
     (["compare", "vit-nano", "--augment", "ran"], "did you mean rand?"),
     (["compare", "vit-nano", "--device", "cuda:9"], "there is cpu"),
     (["compare", "vit-nano", "--device", "gpu"], "use cpu, cuda or mps"),
     (["compare", "vit-nano", "--resolution", "4"], "from 8 to 4096"),
     (["train", "vit-nano+mat"], "does not work yet"),
     (["train", "vit-nano", "--batch", "0"], "at least 1 sample"),
+    (["train", "vit-nano", "--mixup", "-1"], "mixup is 0 or positive"),
+    (["train", "vit-nano", "--lr", "inf"], "must be positive"),
     (["train", "vit-nano", "--precision", "bf17"], "did you mean bf16?"),
     (["train", "vit-nano", "--from", "nowhere", "--budget", "1steps"], "there is no file nowhere"),
     (["evaluate", "nowhere"], "there is no run in nowhere"),
@@ -57,3 +60,13 @@ def test_misspelt_words_of_the_command_line(polypatch, words, said):
     assert outcome.code == 2
     assert said in outcome.err
     assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_a_ray_cluster_that_is_not_there(polypatch, tmp_path, address):
+    pytest.importorskip("ray")
+    words = ["compare", "vit-nano", "--budget", "1steps", "--runs", str(tmp_path)]
+    outcome = polypatch(*words, "--ray", address)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    assert f"no Ray cluster answers at '{address}'" in outcome.err.strip().splitlines()[-1]

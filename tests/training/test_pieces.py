@@ -156,6 +156,21 @@ def test_mixing_keeps_pixels_and_probabilities_in_step(mixup, cutmix):
         assert torch.allclose(mixed.mean((1, 2, 3)), probabilities[:, 1], atol=1e-5)
 
 
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 50.0])
+def test_the_ratio_of_mixup_is_of_the_beta_distribution(alpha):
+    generator = generator_of(0)
+    images = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, 1, 1)
+    targets = torch.eye(2)
+    ratios = torch.stack(
+        [
+            mix(images, targets, mixup=alpha, cutmix=0, generator=generator)[1][0, 0]
+            for _ in range(2000)
+        ]
+    )
+    assert ratios.mean() == pytest.approx(0.5, abs=0.03)
+    assert ratios.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
+
+
 def test_without_mixing_nothing_happens():
     images, targets = torch.rand(2, 3, 4, 4), torch.eye(2)
     same = mix(images, targets, mixup=0, cutmix=0, generator=generator_of(0))
