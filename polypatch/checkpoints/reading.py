@@ -7,6 +7,7 @@ is plain tensors by name, without the wrappers of training scripts.
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +56,11 @@ def read_state(path: Path, *, values: bool = True) -> tuple[dict[str, Any], dict
             raise PolypatchError(
                 f"{path} can't be read: it is neither safetensors, npz nor a torch file"
             )
-        value = torch.load(path, map_location="cpu" if values else "meta", weights_only=True)
+        if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+            raise PolypatchError(f"{path} is cut off: the end of the archive is missing")
+        with warnings.catch_warnings():  # of newer pickles: what can't be read raises
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            value = torch.load(path, map_location="cpu" if values else "meta", weights_only=True)
     except PolypatchError:
         raise
     except pickle.UnpicklingError as error:

@@ -65,6 +65,21 @@ def test_any_truncation_is_refused(contents, tmp_path, suffix, part):
     assert outcome(path) == "refused"
 
 
+def test_a_download_that_stopped_is_called_so(contents, tmp_path):
+    path = tmp_path / "file.pth"
+    path.write_bytes(contents[".pth"][:-100])
+    with pytest.raises(PolypatchError, match=r"file\.pth is cut off"):
+        load(path)
+
+
+def test_a_refusal_is_one_sentence_without_torchs_warnings(tmp_path, recwarn):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(pickle.dumps(Leaves(tmp_path / "executed"), protocol=4))
+    with pytest.raises(PolypatchError, match="wants to run code"):
+        load(path)
+    assert not recwarn.list
+
+
 @FEW
 @given(
     suffix=st.sampled_from([".pth", ".pt", ".safetensors"]),
