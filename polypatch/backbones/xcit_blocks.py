@@ -48,7 +48,11 @@ def cross_covariance(
     squares = fresh.square() if torch.is_grad_enabled() else fresh.square_()
     # As F.normalize: below a length of 1e-12 nothing is scaled up, and the gradient is 0.
     q, k = squares.sum(-2, dtype=torch.float32).clamp_min(1e-24).rsqrt().to(fresh.dtype)
-    return (product * q[..., None] * (k[:, :, None] * temperature)).softmax(-1)
+    # Batch and heads as one axis: the temperature's strides would make the heads the innermost axis
+    # of compiled graphs.
+    scale = (k * temperature[..., 0]).flatten(0, 1)[:, None]
+    logits = product.flatten(0, 1) * q.flatten(0, 1)[..., None] * scale
+    return logits.softmax(-1).unflatten(0, product.shape[:2])
 
 
 def class_attention(

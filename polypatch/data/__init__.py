@@ -1,5 +1,5 @@
-"""Readers of labelled images: bundled samples, folders, parquet files, the Hugging Face hub; and of
-images with a class for every pixel."""
+"""Readers of labelled images: bundled samples, folders, parquet files, the Hugging Face hub; of
+images with a class for every pixel; and of series: bundled ones, CSV and parquet tables."""
 
 from .base import ImageData, Split
 from .load import load_images
