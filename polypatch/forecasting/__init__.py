@@ -1,0 +1,1 @@
+"""Forecasters: (batch, look-back, series) in, (batch, horizon, series) out."""
