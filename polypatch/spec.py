@@ -140,7 +140,7 @@ def host_names() -> list[str]:
     """Names that a spec may begin with: ViT sizes and the variants of complete networks."""
     names = [f"vit-{size}" for size in SIZES]
     for entry in catalogue.papers(peers=True):
-        if entry.works and _has(entry, "def build("):
+        if entry.room != "forecasting" and entry.works and _has(entry, "def build("):
             names += list(importlib.import_module(entry.module).VARIANTS)
     return names
 
@@ -195,6 +195,8 @@ def _build_host(part: Part, *, classes: int, resolution: int | None) -> nn.Modul
         _check_options(part, options_of(part.name))
         return build_vit(part.name[4:], classes=classes, **options)
     for entry in catalogue.papers(peers=True):
+        if entry.room == "forecasting":
+            continue  # of series: forecasters.py
         if part.name.startswith(entry.slug) and entry.works and _has(entry, "def build("):
             module = importlib.import_module(entry.module)
             if part.name in module.VARIANTS:

@@ -21,7 +21,7 @@ LAYERS = [
     {"hosts"},
     set(ROOMS) - {"hosts", "catalogue"},
     {"catalogue"},
-    {"spec", "checkpoints"},
+    {"spec", "checkpoints", "forecasters"},
     {"data"},
     {"training"},
     {"report", "compare", "inference"},

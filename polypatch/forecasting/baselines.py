@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import PolypatchError
 
-__all__ = ["BASELINES", "DLinear", "Drift", "NLinear", "SeasonalNaive", "moving_average"]
+__all__ = ["DLinear", "Drift", "NLinear", "SeasonalNaive", "moving_average"]
 
 
 def moving_average(
@@ -146,6 +146,3 @@ class DLinear(nn.Module):
     def init_weights(self) -> None:
         self.trend.init_weights()
         self.rest.init_weights()
-
-
-BASELINES = ("seasonal-naive", "drift", "nlinear", "dlinear")

@@ -12,7 +12,7 @@ from torch import nn
 from ..data.base import ImageData
 from ..data.masks import IGNORED
 from ..nn import normalise
-from .tasks import mean_iou, task_of
+from .tasks import Forecast, mean_iou, task_of
 
 __all__ = ["Outcome", "evaluate"]
 
@@ -34,6 +34,11 @@ class Outcome:
     tokens_spread: float | None
     mean_iou: float | None = None
 
+    def scores(self) -> dict[str, float]:
+        """For the log."""
+        scores = {"accuracy": self.accuracy, "test_loss": self.loss}
+        return scores if self.mean_iou is None else {**scores, "mean_iou": self.mean_iou}
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -47,6 +52,7 @@ def evaluate(
     device = next(model.parameters()).device
     samples = len(data.test)
     task = task_of(data.task)
+    assert not isinstance(task, Forecast)  # of ImageData
     rank = accelerator.process_index if accelerator else 0
     world = accelerator.num_processes if accelerator else 1
     batch = batch if task.name == "classify" else max(1, batch // 8)

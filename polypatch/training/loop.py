@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.base import ImageData
+from ..data.windows import ForecastData
 from ..errors import PolypatchError
-from ..nn import normalise
 from ..spec import Part, Spec, parse, plug
-from .augment import draw
+from .best import Best
 from .budget import Budget
 from .evaluate import evaluate
+from .forecasts import score
 from .recipe import Recipe, learning_rate, parameter_groups
 from .runs import Run, RunConfig
-from .sampling import generator_of, indices_of, seed_of, shard
-from .tasks import check_task, task_of
+from .sampling import generator_of, indices_of, seed_of
+from .tasks import Data, Place, check_task, task_of
 
 __all__ = ["Progress", "build", "train"]
 
@@ -44,17 +44,16 @@ def build(config: RunConfig) -> nn.Module:
     unless they are those of a run with the same techniques.
     """
     spec, task = parse(config.spec), task_of(config.task)
-    sizes = dict(classes=config.classes, resolution=config.resolution, seed=config.seed)
     if not config.init:
-        return task.create(spec, **sizes)
+        return task.create(spec, config)
     from ..checkpoints import load_weights
 
     start = Path(config.init)
     if not spec.techniques or _techniques_of(start) == spec.techniques:
-        model = task.create(spec, **sizes)
+        model = task.create(spec, config)
         load_weights(model, start)
         return model
-    host = task.create(Spec(spec.host), **sizes)
+    host = task.create(Spec(spec.host), config)
     load_weights(host, start)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -73,7 +72,7 @@ def _techniques_of(path: Path) -> tuple[Part, ...]:
 
 def train(
     config: RunConfig,
-    data: ImageData,
+    data: Data,
     *,
     root: Path = Path("runs"),
     device: str | None = None,
@@ -122,6 +121,10 @@ def train(
     if average is not None:
         accelerator.register_for_checkpointing(average)
     stepper = _Stepper(config, data, model, optimizer, accelerator, average)
+    best = None
+    if isinstance(data, ForecastData):
+        best = Best(data.val, patience=recipe.patience)
+        accelerator.register_for_checkpointing(best)
 
     start = 0
     checkpoint = run.latest_checkpoint()
@@ -138,6 +141,7 @@ def train(
     began = saved = time.perf_counter()
     said = 0.0
     losses: list[Tensor] = []
+    epoch = -(-len(data.train) // recipe.batch)
     model.train()
     for step in range(start, total):
         losses.append(stepper(step, total))
@@ -156,6 +160,12 @@ def train(
                 }
             )
             losses, said = [], now
+        if best is not None and ((step + 1) % epoch == 0 or last):
+            error = best.look(stepper.trained, accelerator=accelerator)
+            log.write({"step": step + 1, "val_mse": error})
+            if best.exhausted:
+                total = step + 1
+                break
         stopping = stop_after is not None and step + 1 >= stop_after and not last
         if stopping or _agreed(now - saved > checkpoint_seconds, accelerator):
             _save(run, accelerator, step + 1)
@@ -164,7 +174,9 @@ def train(
             log.close()
             return run
     seconds = spent + time.perf_counter() - began
-    _finish(run, config, data, stepper, accelerator, total=total, seconds=seconds, log=log)
+    if best is not None:
+        best.restore(stepper.trained)
+    _finish(run, data, stepper, accelerator, total=total, seconds=seconds, log=log)
     return run
 
 
@@ -173,7 +185,7 @@ class _Stepper:
     """One optimiser step, numbered; everything random in it comes from seed and number."""
 
     config: RunConfig
-    data: ImageData
+    data: Data
     model: nn.Module
     optimizer: Any
     accelerator: Any
@@ -183,37 +195,30 @@ class _Stepper:
         self.host = self.accelerator.unwrap_model(self.model)
         self.task = task_of(self.config.task)
 
+    @property
+    def trained(self) -> nn.Module:
+        """What is evaluated and kept: the average of the weights where there is one."""
+        return self.host if self.average is None else self.average.module
+
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Augmented, normalised images and targets of this process."""
-        config, data, recipe = self.config, self.data, self.config.recipe
-        accelerator = self.accelerator
-        rank, world = accelerator.process_index, accelerator.num_processes
+        """Inputs and targets of this process."""
+        config, data, accelerator = self.config, self.data, self.accelerator
         chosen = indices_of(
             step,
-            batch=recipe.batch,
+            batch=config.recipe.batch,
             samples=len(data.train),
             seed=config.seed,
             endless=data.endless,
         )
-        images, labels = data.train.read(shard(chosen, rank, world))
-        device = accelerator.device
-        images, labels = images.to(device), labels.to(device)
-        generator = generator_of(config.seed, "augment", step)
-        draws = draw(recipe.augment, recipe.batch, flip=data.flippable, generator=generator)
-        images, targets = self.task.prepare(
-            images,
-            labels,
-            {k: shard(v, rank, world) for k, v in draws.items()},
-            recipe,
-            classes=config.classes,
-            generator=generator,
+        place = Place(
+            step, accelerator.process_index, accelerator.num_processes, accelerator.device
         )
-        return normalise(images, data.mean, data.std), targets
+        return self.task.batch(data, chosen, config, place)  # type: ignore[arg-type]
 
     def __call__(self, step: int, total: int) -> Tensor:
         """Make the step; the mean loss over all processes, still on the device."""
         recipe, accelerator = self.config.recipe, self.accelerator
-        images, targets = self.batch(step)
+        inputs, targets = self.batch(step)
         hooks = getattr(self.host, "hooks", ())
         for number, hook in enumerate(hooks):
             generator = generator_of(self.config.seed, "hook", number, step)
@@ -221,8 +226,8 @@ class _Stepper:
         torch.manual_seed(seed_of(self.config.seed, "dropout", step, accelerator.process_index))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step, total)
-        parts = zip(images.chunk(recipe.accumulate), targets.chunk(recipe.accumulate))
-        loss_sum = torch.zeros((), device=images.device)
+        parts = zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate))
+        loss_sum = torch.zeros((), device=inputs.device)
         for number, (x, y) in enumerate(parts, start=1):
             for hook in hooks:
                 y = hook.targets(self.host, y)
@@ -279,12 +284,15 @@ def _average(model: nn.Module, decay: float) -> Any:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def _planned_steps(run: Run, config: RunConfig, data: ImageData, stepper: _Stepper) -> int:
+def _planned_steps(run: Run, config: RunConfig, data: Data, stepper: _Stepper) -> int:
     """Steps of the budget. A time budget is turned into steps once, by timing a few real steps on
     a copy of the weights, and the number is kept: from then on the run is deterministic."""
     if run.plan is not None:
         return int(run.plan["steps"])
     budget, seconds = Budget.parse(config.budget), None
+    if not any(p.requires_grad for p in stepper.host.parameters()):  # nothing to learn
+        run.write_plan({"steps": 0, "step_seconds": None})
+        return 0
     if budget.kind == "seconds":
         seconds = _step_seconds(stepper, budget.amount)
     steps = budget.steps(batch=config.recipe.batch, samples=len(data.train), step_seconds=seconds)
@@ -352,8 +360,7 @@ def _spent(run: Run) -> float:
 
 def _finish(
     run: Run,
-    config: RunConfig,
-    data: ImageData,
+    data: Data,
     stepper: _Stepper,
     accelerator: Any,
     *,
@@ -364,20 +371,20 @@ def _finish(
     """Evaluate, write the weights, then the result: its presence says that all of it is there."""
     from safetensors.torch import save_file
 
-    model = stepper.host if stepper.average is None else stepper.average.module
+    model, config, task = stepper.trained, stepper.config, stepper.task
     for hook in getattr(model, "hooks", ()):
         hook.after_training(model)
-    outcome = evaluate(model, data, accelerator=accelerator)
-    scores = {"accuracy": outcome.accuracy, "test_loss": outcome.loss}
-    if outcome.mean_iou is not None:
-        scores["mean_iou"] = outcome.mean_iou
-    log.write({"step": total, **scores})
+    if isinstance(data, ForecastData):
+        outcome = score(model, data.test, accelerator=accelerator)
+    else:
+        outcome = evaluate(model, data, accelerator=accelerator)
+    log.write({"step": total, **outcome.scores()})
     log.close()
     if accelerator.is_main_process:
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         beside = run.model_file.with_name(".model.safetensors")
-        about = {"classes": data.classes, "mean": data.mean, "std": data.std}
-        metadata = {"polypatch": json.dumps(config.to_dict()), "data": json.dumps(about)}
+        about = json.dumps(task.about(data))  # type: ignore[arg-type]
+        metadata = {"polypatch": json.dumps(config.to_dict()), "data": about}
         save_file(state, beside, metadata=metadata)
         beside.replace(run.model_file)
         run.write_result(
@@ -385,7 +392,7 @@ def _finish(
                 **outcome.to_dict(),
                 "steps": total,
                 "seconds": seconds,
-                "images_per_second": total * config.recipe.batch / max(seconds, 1e-9),
+                f"{task.unit}_per_second": total * config.recipe.batch / max(seconds, 1e-9),
                 "parameters": sum(p.numel() for p in model.parameters()),
             }
         )

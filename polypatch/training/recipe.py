@@ -29,6 +29,9 @@ class Recipe:
             evaluated and kept; 0: off.
         precision: ``float32``, ``bf16`` or ``fp16`` (the last on accelerators only).
         accumulate: parts into which a batch is cut to save memory; the result is the same.
+        loss: of forecasts: ``mse``, ``mae`` or ``huber``; other tasks have their own.
+        patience: of forecasts: epochs without a better validation score after which training ends;
+            0: never. The weights of the best epoch are kept in any case.
     """
 
     batch: int = 64
@@ -46,6 +49,8 @@ class Recipe:
     ema: float = 0.0
     precision: str = "float32"
     accumulate: int = 1
+    loss: str = "mse"
+    patience: int = 0
 
     def __post_init__(self) -> None:
         def check(ok: bool, sentence: str) -> None:
@@ -63,6 +68,7 @@ class Recipe:
         check(0 <= self.warmup < 1, f"warmup is a fraction of all steps, got {self.warmup}")
         check(0 <= self.smoothing < 1, f"smoothing lies in [0, 1), got {self.smoothing}")
         check(0 <= self.ema < 1, f"an EMA decay lies in [0, 1), got ema={self.ema}")
+        check(self.patience >= 0, f"patience is 0 or more epochs, got patience={self.patience}")
         check(
             1 <= self.accumulate <= self.batch,
             f"a batch of {self.batch} can't be accumulated in {self.accumulate} parts",
@@ -70,6 +76,7 @@ class Recipe:
         for name, known in (
             ("augment", ("none", "light", "rand")),
             ("precision", ("float32", "bf16", "fp16")),
+            ("loss", ("mse", "mae", "huber")),
         ):
             value = getattr(self, name)
             check(value in known, f"there is no {name}={value!r}{suggest(value, known)}")

@@ -31,7 +31,9 @@ class RunConfig:
     """All that determines a run's outcome.
 
     ``data`` is what the user wrote, ``data_fingerprint`` what it held at the time; the same folder
-    with other files is another run.
+    with other files is another run. ``resolution`` and ``classes`` are of images, 0 for series;
+    ``lookback``, ``horizon``, ``series``, ``season`` and ``protocol`` of series
+    (:class:`~polypatch.data.windows.ForecastData`).
     """
 
     spec: str
@@ -44,6 +46,11 @@ class RunConfig:
     recipe: Recipe = field(default_factory=Recipe)
     init: str = ""  # a checkpoint to start from
     task: str = "classify"
+    lookback: int = 0
+    horizon: int = 0
+    series: int = 0
+    season: int = 1
+    protocol: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
