@@ -24,7 +24,7 @@ LAYERS = [
     {"spec", "checkpoints", "forecasters"},
     {"data"},
     {"training"},
-    {"report", "compare", "inference"},
+    {"report", "compare", "forecast", "inference"},
     {"claims"},
     {"cli", "__main__"},
 ]

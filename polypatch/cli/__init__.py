@@ -7,7 +7,19 @@ import sys
 import typer
 
 from ..errors import PolypatchError
-from . import apply, claim, compare, convert, evaluate, inspect, papers, patches, predict, train
+from . import (
+    apply,
+    claim,
+    compare,
+    convert,
+    evaluate,
+    forecast,
+    inspect,
+    papers,
+    patches,
+    predict,
+    train,
+)
 
 __all__ = ["app", "main"]
 
@@ -23,6 +35,7 @@ app.command("compare")(compare.command)
 app.command("train")(train.command)
 app.command("evaluate")(evaluate.command)
 app.command("predict")(predict.command)
+app.command("forecast")(forecast.command)
 app.command("apply")(apply.command)
 app.command("inspect")(inspect.command)
 app.command("convert")(convert.command)

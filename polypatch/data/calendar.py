@@ -13,12 +13,16 @@ from pandas.tseries.frequencies import to_offset
 
 from ..errors import PolypatchError
 
-__all__ = ["SEASONS", "regular_index", "season_of", "step_of"]
+__all__ = ["SEASONS", "regular_index", "season_of", "step_in_words", "step_of"]
 
 #: steps in the season that forecasters repeat, by pandas' word for a step
 SEASONS = {
     "s": 60, "min": 60, "h": 24, "D": 7, "B": 5, "W": 52,
     "MS": 12, "ME": 12, "BMS": 12, "BME": 12, "QS": 4, "QE": 4, "BQS": 4, "BQE": 4,
+}  # fmt: skip
+_NAMES = {
+    "s": "second", "min": "minute", "h": "hour", "D": "day", "B": "business day", "W": "week",
+    "MS": "month", "ME": "month", "QS": "quarter", "QE": "quarter", "YS": "year", "YE": "year",
 }  # fmt: skip
 #: a time axis with more missing steps than this, for each that is there, isn't one
 _EMPTIEST = 20
@@ -122,6 +126,16 @@ def season_of(index: pd.Index) -> int:
         return 24 * 60 // times if 24 * 60 % times == 0 else 1
     season = SEASONS.get(base, 1)
     return season // times if season % times == 0 else 1
+
+
+def step_in_words(index: pd.Index) -> str:
+    """``1 month``, ``15 minutes``; pandas' word where there is no plainer one, "" without times."""
+    word = getattr(index, "freqstr", None)
+    if word is None:
+        return ""
+    times = getattr(getattr(index, "freq", None), "n", 1)
+    name = _NAMES.get(word.lstrip("0123456789").split("-")[0])
+    return word if name is None else f"{times} {name}{'s'[: times != 1]}"
 
 
 def _usual_step(stamps: pd.DatetimeIndex) -> pd.Timedelta:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import PolypatchError
 
-__all__ = ["LEVELS", "conformal_offsets", "coverage"]
+__all__ = ["LEVELS", "check_levels", "conformal_offsets", "coverage", "tellable"]
 
 #: the quantiles of an interval of 90, and one of 50 per cent, and the median
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -39,17 +39,16 @@ def conformal_offsets(
     Raises:
         PolypatchError: levels out of order, or too few errors to see one of them.
     """
-    if not levels or any(not 0 < q < 1 for q in levels) or list(levels) != sorted(set(levels)):
-        raise PolypatchError(f"quantiles rise within 0 and 1, got {', '.join(map(str, levels))}")
+    check_levels(levels)
     ordered = errors.sort(dim=0).values  # NaNs come last
     known = errors.isfinite().sum(0)
-    extreme = min(levels[0], levels[-1], key=lambda q: min(q, 1 - q))
-    least = math.ceil(1 / min(extreme, 1 - extreme) - 1 - 1e-9)
     fewest = int(known.min()) if known.numel() else 0
-    if fewest < least:
-        raise PolypatchError(
-            f"{fewest} windows can't tell a quantile of {extreme}; it takes {least}"
-        )
+    for level in (levels[0], levels[-1]):
+        if not tellable(level, fewest):
+            least = math.ceil(1 / min(level, 1 - level) - 1 - 1e-9)
+            raise PolypatchError(
+                f"{fewest} windows can't tell a quantile of {level:g}; it takes {least}"
+            )
     made = []
     for level in levels:
         if level == 0.5:
@@ -59,6 +58,20 @@ def conformal_offsets(
         rank = (rank - 1e-9).ceil() if level > 0.5 else (rank + 1e-9).floor()
         made.append(ordered.gather(0, rank.long()[None] - 1)[0])
     return torch.stack(made)
+
+
+def check_levels(levels: Sequence[float]) -> None:
+    """
+    Raises:
+        PolypatchError: quantiles that are none, or not in order.
+    """
+    if not levels or any(not 0 < q < 1 for q in levels) or list(levels) != sorted(set(levels)):
+        raise PolypatchError(f"quantiles rise within 0 and 1, got {', '.join(map(str, levels))}")
+
+
+def tellable(level: float, windows: int) -> bool:
+    """Whether so many errors have one of the quantile's rank."""
+    return min(level, 1 - level) * (windows + 1) >= 1 - 1e-9
 
 
 def coverage(

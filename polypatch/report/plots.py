@@ -14,7 +14,7 @@ from .statistics import pareto_front
 if TYPE_CHECKING:
     from ..compare import Candidate
 
-__all__ = ["COLOURS", "curves", "pareto"]
+__all__ = ["COLOURS", "curves", "new_figure", "pareto", "to_svg"]
 
 #: Okabe and Ito's colours (told apart with any colour vision), then darker companions.
 COLOURS = (
@@ -50,7 +50,7 @@ def pareto(
     title: str,
 ) -> str:
     """Accuracy with its interval against a cost (log axis), and the Pareto front as a step line."""
-    figure, axes = _figure(title, 5.4, 3.9)
+    figure, axes = new_figure(title, 5.4, 3.9)
     x = [cost(c) for c in candidates]
     y = [100 * c.accuracy.mean for c in candidates]
     half = [0 if np.isnan(c.accuracy.half) else 100 * c.accuracy.half for c in candidates]
@@ -92,12 +92,12 @@ def pareto(
     axes.set_ylim(max(-2.0, low - 2), min(102.0, high + 2))
     axes.set_xlabel(label)
     axes.set_ylabel("accuracy, %")
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def curves(candidates: Sequence[Candidate]) -> str:
     """Training loss against steps: mean over seeds, smoothed, the range over seeds shaded."""
-    figure, axes = _figure("Training loss", 5.4, 3.9)
+    figure, axes = new_figure("Training loss", 5.4, 3.9)
     for index, candidate in enumerate(candidates):
         series = []
         for run in candidate.runs:
@@ -115,7 +115,7 @@ def curves(candidates: Sequence[Candidate]) -> str:
         axes.fill_between(steps, smooth.min(0), smooth.max(0), color=colour, alpha=0.13, lw=0)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _smoothed(values: np.ndarray, width: int = 9) -> np.ndarray:
@@ -124,7 +124,8 @@ def _smoothed(values: np.ndarray, width: int = 9) -> np.ndarray:
     return np.convolve(padded, np.ones(width) / width, mode="valid")
 
 
-def _figure(title: str, width: float, height: float) -> tuple[Any, Any]:
+def new_figure(title: str, width: float, height: float) -> tuple[Any, Any]:
+    """A figure of so many inches in the house's style, and its one plot."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -146,7 +147,8 @@ def _plain_log_ticks(axes: Any, low: float, high: float) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _svg(figure: Any) -> str:
+def to_svg(figure: Any) -> str:
+    """The figure as an ``<svg>`` element; the same plot gives the same text."""
     import matplotlib
 
     buffer = io.StringIO()

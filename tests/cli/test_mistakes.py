@@ -31,6 +31,12 @@ CASES = [
     (["patches", "nowhere.jpg"], "there is no file nowhere.jpg"),
     (["patches", "nowhere.jpg", "--with", "quadtre"], "did you mean quadtree?"),
     (["patches", "nowhere.jpg", "--out", "x.bmp"], "neither .png nor .svg"),
+    (["forecast", "nowhere.csv", "--horizon", "3"], "there is no file nowhere.csv"),
+    (["forecast", "bundled:co", "--horizon", "3"], "did you mean co2?"),
+    (["forecast", "bundled:co2", "--horizon", "3", "--models", "dlinea"], "did you mean dlinear?"),
+    (["forecast", "bundled:co2", "--horizon", "3", "--quantiles", "low"], "are no quantiles"),
+    (["forecast", "bundled:co2", "--horizon", "3", "--format", "xls"], "there is no format"),
+    (["forecast", "bundled:co2", "--horizon", "0"], "at least 1 step"),
     (["claim", "flexvit"], "did you mean flexivit?"),
     (["claim", "dart", "--seeds", "2"], "at least 3 seeds"),
 ]
