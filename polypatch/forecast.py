@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from .compare import trained
 from .data.series import Series
 from .data.windows import ForecastData, split_series
 from .errors import PolypatchError
@@ -134,7 +135,7 @@ def forecast(
             watch(steps, steps, float("nan"), 0.0)
         candidates.append(_scored(run, data))
     candidates.sort(key=lambda candidate: candidate.val.mse)
-    best = _trained(candidates[0].run)
+    best = trained(candidates[0].run)
     told = tuple(q for q in levels if tellable(q, len(data.val)))
     if len(told) < len(levels):
         lost = ", ".join(f"{q:g}" for q in levels if q not in told)
@@ -184,21 +185,13 @@ def _build(config: RunConfig) -> nn.Module:
     )
 
 
-def _trained(run: Run) -> nn.Module:
-    from safetensors.torch import load_file
-
-    model = _build(run.config)
-    model.load_state_dict(load_file(run.model_file))
-    return model.eval()
-
-
 def _scored(run: Run, data: ForecastData) -> Candidate:
     result = run.result
     assert result is not None  # of a finished run
     return Candidate(
         spec=run.config.spec,
         run=run,
-        val=score(_trained(run), data.val),
+        val=score(trained(run), data.val),
         test=ForecastScores(result["mse"], result["mae"], result["windows"]),
         parameters=result["parameters"],
         seconds=result["seconds"],

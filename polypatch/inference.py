@@ -62,8 +62,12 @@ def side_of(loaded: Loaded, resolution: int | None = None) -> int:
     """Side of the square images that the model gets: ``resolution``, or what its weights expect.
 
     Raises:
-        PolypatchError: a side that the network doesn't permit.
+        PolypatchError: a side that the network doesn't permit, or no network on images.
     """
+    if loaded.task == "forecast":
+        raise PolypatchError(
+            "this model forecasts series, not images; `polypatch forecast` takes tables of them"
+        )
     side = resolution or getattr(loaded.model, "resolution", loaded.preprocessing.resolution)
     needs = getattr(loaded.model, "input_requirements", None)
     if needs is not None and needs.nearest(side, side) != (side, side):

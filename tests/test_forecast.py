@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+import polypatch
+from polypatch.checkpoints.describing import describe
 from polypatch.data.calendar import step_in_words
 from polypatch.data.series import Series, load_series
 from polypatch.errors import PolypatchError
 from polypatch.forecast import forecast, usual_lookback
+from polypatch.inference import side_of
 from polypatch.report.forecast_page import render_forecast
+from polypatch.report.layouts import cutters_of
 
 
 def months(steps=240, width=2, slope=0.0):
@@ -140,3 +145,17 @@ def test_every_bundled_series_is_forecast(tmp_path, name):
     made = forecast(series, horizon=3, budget="3steps", root=tmp_path, device="cpu")
     assert np.isfinite(made.table["forecast"]).all()
     assert len(made.table) == 3 * len(series.columns)
+
+
+def test_a_run_is_loaded_and_refused_by_what_is_for_images(found, tmp_path):
+    run = next(c.run for c in found.candidates if c.spec == "dlinear")
+    loaded = polypatch.load(run.model_file)
+    assert loaded.task == "forecast"
+    past, _ = found.data.test.read(torch.arange(2))
+    assert loaded.model(past).shape == (2, 6, 2)
+    with pytest.raises(PolypatchError, match="forecasts series, not images"):
+        side_of(loaded)
+    with pytest.raises(PolypatchError, match="forecasts series"):
+        describe(run.model_file)
+    with pytest.raises(PolypatchError, match="dlinear has no tokens"):
+        cutters_of(str(run.folder), host="vit-nano", patch=4, resolution=32)

@@ -40,7 +40,7 @@ class Loaded:
 
     Attributes:
         paper: its slug; ``"polypatch"`` for what was trained here.
-        task: ``"classify"`` or ``"segment"``.
+        task: ``"classify"``, ``"segment"`` or ``"forecast"``.
         config: by the authors' argument names, or the run's configuration.
         variant: the authors' name of this network, "" if it has none.
         assumed: what the file doesn't say and the library took from the authors' published
@@ -97,11 +97,12 @@ def load(
     if (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
     raw, metadata = read_state(path, values=values)
-    state = unwrap(raw)
+    own = "polypatch" in metadata
+    state = {} if own and not raw else unwrap(raw)  # the simplest forecasters have no weights
     if values:
         check_values(state, what=str(path))
     try:
-        loaded = _load_own(state, metadata) if "polypatch" in metadata else None
+        loaded = _load_own(state, metadata) if own else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PolypatchError(
             f"{path}: what polypatch wrote about this file has been changed: {error}"
@@ -195,9 +196,16 @@ def _load_own(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Loade
             preprocessing=facts.preprocessing,
             metadata=metadata,
         )
+    task = about.get("task", "classify")
+    if task == "forecast":
+        from ..forecasters import create_forecaster
+
+        sizes = {word: about[word] for word in ("lookback", "horizon", "series", "season")}
+        model = create_forecaster(about["spec"], **sizes)
+        load_exactly(model, state, what=about["spec"])
+        return Loaded(model.eval(), "polypatch", task, about, metadata=metadata)
     from ..spec import create
 
-    task = about.get("task", "classify")
     segment = task == "segment"
     model = create(
         about["spec"], classes=0 if segment else about["classes"], resolution=about["resolution"]

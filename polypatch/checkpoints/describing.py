@@ -69,6 +69,8 @@ def describe(
     """
     with torch.device("meta"):
         loaded = load(path, config=config, values=False)
+    if loaded.task == "forecast":
+        raise PolypatchError(f"{path} forecasts series; its config.json says how it was trained")
     model = loaded.model
     needs = getattr(model, "input_requirements", InputRequirements())
     side = resolution or getattr(model, "resolution", None) or loaded.preprocessing.resolution

@@ -34,6 +34,11 @@ def command(
         raise PolypatchError(
             f"the run in {run} is not finished; the command that began it goes on with it"
         )
+    if config.task == "forecast":
+        raise PolypatchError(
+            f"the run in {run} forecasts series; its scores are in {run / 'result.json'}, and "
+            "`polypatch forecast` with the same words shows them"
+        )
     load = load_masks if config.task == "segment" else load_images
     source = load(data or config.data, resolution=resolution or config.resolution, seed=config.seed)
     if len(source.classes) != config.classes:

@@ -43,6 +43,9 @@ def cutters_of(text: str, *, host: str, patch: int, resolution: int) -> list[tup
         models.append((str(part), model))
     if not models:
         raise PolypatchError("name at least one tokenizer: --with grid,quadtree")
+    for name, model in models:
+        if not hasattr(model, "forward_features"):
+            raise PolypatchError(f"{name} has no tokens with places, so there is nothing to draw")
     return models
 
 
