@@ -84,7 +84,8 @@ def regular_index(
     if len(full) > len(stamps):
         first = full[~full.isin(stamps)][0]
         notes.append(
-            f"{len(full) - len(stamps)} steps of {full.freqstr} are missing, the first at {first}"
+            f"{len(full) - len(stamps)} steps of {step_in_words(full)} are missing, the first at "
+            f"{first}"
         )
     return frame.reindex(full), full
 

@@ -114,7 +114,7 @@ def test_missing_steps_become_empty_rows_with_a_word():
     assert len(series.values) == 30
     assert np.isnan(series.values[[3, 4, 17]]).all()
     assert any(
-        n.startswith("3 steps of h are missing, the first at 2024-01-01 03:00")
+        n.startswith("3 steps of 1 hour are missing, the first at 2024-01-01 03:00")
         for n in series.notes
     )
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from polypatch.compare import compare
+from polypatch.data.series import load_series
+from polypatch.forecast import forecast
+from polypatch.report.forecast_page import write_forecast_report
 from polypatch.report.page import write_report
 from polypatch.training.recipe import Recipe
 
@@ -29,8 +35,9 @@ def page_file(tmp_path_factory) -> Path:
     return write_report(comparison, root / "out", command="polypatch compare")
 
 
-@pytest.mark.slow
-def test_the_report_works_in_chromium(page_file):
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """The page in Chromium; nothing may go wrong in it, or be asked of the network."""
     playwright = pytest.importorskip("playwright.sync_api")
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     if browser_path is None:
@@ -42,7 +49,32 @@ def test_the_report_works_in_chromium(page_file):
         page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda r: problems.append(r.url) if r.url.startswith("http") else None)
-        page.goto(page_file.as_uri())
+        page.goto(file.as_uri())
+        yield page
+        # Nothing sticks out of the page at the side, on a phone either.
+        page.set_viewport_size({"width": 390, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert problems == []
+        browser.close()
+
+
+@pytest.mark.slow
+def test_the_report_of_forecasts_works_in_chromium(tmp_path):
+    found = forecast(
+        load_series("bundled:macro"), horizon=4, budget="3steps", root=tmp_path, device="cpu"
+    )
+    with opened(write_forecast_report(found, tmp_path / "out", command="polypatch")) as page:
+        assert page.locator("svg").count() == 12
+        assert page.locator("tbody tr").count() == 4
+        assert (
+            page.locator("svg").evaluate_all("all => Math.min(...all.map(s => s.clientWidth))")
+            > 800
+        )
+
+
+@pytest.mark.slow
+def test_the_report_works_in_chromium(page_file):
+    with opened(page_file) as page:
         assert page.locator("img").count() == 6 * 4
         widths = page.locator("img").evaluate_all("all => all.map(i => i.naturalWidth)")
         assert min(widths) >= 128
@@ -62,11 +94,6 @@ def test_the_report_works_in_chromium(page_file):
             assert head.get_attribute("aria-sort") == "descending"
             head.press("Enter")
             assert column(number) == sorted(column(number))
-        # Nothing sticks out of the page at the side, on a phone either.
-        page.set_viewport_size({"width": 390, "height": 800})
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        assert problems == []
-        browser.close()
 
 
 def test_the_page_needs_nothing_else(page_file):
