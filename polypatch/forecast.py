@@ -229,7 +229,7 @@ def _future(index: pd.Index, horizon: int) -> pd.Index:
     """The steps behind the last one."""
     if isinstance(index, pd.DatetimeIndex):
         return pd.date_range(index[-1], periods=horizon + 1, freq=index.freq)[1:]
-    return pd.RangeIndex(len(index), len(index) + horizon)
+    return pd.RangeIndex(index[-1] + 1, index[-1] + 1 + horizon)
 
 
 def _sentence(candidates: Sequence[Candidate]) -> str:

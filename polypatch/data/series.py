@@ -137,7 +137,7 @@ def series_of(
             )
     rows = _Rows(name, line, 2 if line == "line" else 1)
     notes: list[str] = []
-    stamps, time = _times(table, time, rows, notes)
+    stamps, time, first = _times(table, time, rows, notes)
     table = table.drop(columns=[time] if time is not None else [])
     ids = ids or _id_column(table, stamps)
     if ids is not None:
@@ -151,7 +151,7 @@ def series_of(
     if stamps is None and frequency is not None:
         raise PolypatchError(f"{name} has no times for a frequency of {frequency}")
     if stamps is None:
-        index = pd.RangeIndex(len(frame))
+        index = pd.RangeIndex(first, first + len(frame))
     else:
         frame, index = regular_index(frame, stamps, where=rows.at, frequency=frequency, notes=notes)
     frame = _useful(frame, rows, notes)
@@ -223,12 +223,13 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 def _times(
     table: pd.DataFrame, column: str | None, rows: _Rows, notes: list[str]
-) -> tuple[pd.DatetimeIndex | None, str | None]:
-    """Times of all rows and their column; no times where rows are just steps."""
+) -> tuple[pd.DatetimeIndex | None, str | None, int]:
+    """Times of all rows and their column; no times, but the number of the first, where rows are
+    just steps."""
     column = column or _time_column(table)
     if column is None:
         notes.append("there is no column of times; rows are taken as equally spaced steps")
-        return None, None
+        return None, None, 0
     values = table[column]
     empty = values.isna().to_numpy()
     if empty.any():
@@ -236,15 +237,14 @@ def _times(
     if _is_numeric(values):
         whole = (values == values.round()).all()
         if whole and values.between(1000, 9999).all():  # years
-            return pd.DatetimeIndex(
-                pd.to_datetime(values.astype(int).astype(str), format="%Y")
-            ), column
+            years = pd.to_datetime(values.astype(int).astype(str), format="%Y")
+            return pd.DatetimeIndex(years), column, 0
         if values.is_unique and (values.diff().dropna() == 1).all():
-            return None, column
+            return None, column, int(values.iloc[0])
         units: tuple[tuple[Literal["s", "ms"], float], ...] = (("s", 1.0), ("ms", 1e3))
         for unit, scale in units:  # since 1970; from 1973 to 2100
             if values.between(1e8 * scale, 4.1e9 * scale).all():
-                return pd.DatetimeIndex(pd.to_datetime(values, unit=unit)), column
+                return pd.DatetimeIndex(pd.to_datetime(values, unit=unit)), column, 0
         raise PolypatchError(
             f"{rows.source}: {column!r} holds numbers that are no years, no seconds since 1970 and "
             "no steps 0, 1, 2, …; write times as 2024-01-31 or 2024-01-31 15:00"
@@ -261,7 +261,7 @@ def _times(
     if index.tz is not None:
         notes.append("times with zones are given in UTC")
         index = index.tz_convert("UTC").tz_localize(None)
-    return index, column
+    return index, column, 0
 
 
 def _time_column(table: pd.DataFrame) -> str | None:

@@ -28,7 +28,8 @@ class Recipe:
         ema: decay of an exponential moving average of the weights, which is then what is
             evaluated and kept; 0: off.
         precision: ``float32``, ``bf16`` or ``fp16`` (the last on accelerators only).
-        accumulate: parts into which a batch is cut to save memory; the result is the same.
+        accumulate: parts into which a batch is cut to save memory; the result is the same (of
+            forecasts where no value is missing: a part's loss is the mean over what it has).
         loss: of forecasts: ``mse``, ``mae`` or ``huber``; other tasks have their own.
         patience: of forecasts: epochs without a better validation score after which training ends;
             0: never. The weights of the best epoch are kept in any case.

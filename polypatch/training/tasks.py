@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +50,43 @@ class Place:
     device: torch.device
 
 
+class _OnImages(ABC):
+    """What tasks on images share: how a batch is made, and what is said of the data."""
+
+    @abstractmethod
+    def prepare(
+        self, images: Tensor, labels: Tensor, draws: Draws, recipe: Recipe, *, classes: int,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Augmented images and their targets."""
+
+    def batch(
+        self, data: ImageData, chosen: Int64[Tensor, " batch"], config: RunConfig, place: Place
+    ) -> tuple[Tensor, Tensor]:
+        """Augmented, normalised images and targets of this process. Everything random is drawn for
+        the global batch, of which each process takes its part."""
+        recipe = config.recipe
+        images, labels = data.train.read(shard(chosen, place.rank, place.world))
+        images, labels = images.to(place.device), labels.to(place.device)
+        generator = generator_of(config.seed, "augment", place.step)
+        draws = draw(recipe.augment, recipe.batch, flip=data.flippable, generator=generator)
+        images, targets = self.prepare(
+            images,
+            labels,
+            {name: shard(value, place.rank, place.world) for name, value in draws.items()},
+            recipe,
+            classes=config.classes,
+            generator=generator,
+        )
+        return normalise(images, data.mean, data.std), targets
+
+    def about(self, data: ImageData) -> dict[str, Any]:
+        """What a trained network's file says of its data."""
+        return {"classes": data.classes, "mean": data.mean, "std": data.std}
+
+
 @dataclass(frozen=True)
-class Classify:
+class Classify(_OnImages):
     """One class an image; cross-entropy on soft targets; accuracy."""
 
     name: str = "classify"
@@ -61,16 +97,6 @@ class Classify:
 
     def create(self, spec: Spec, config: RunConfig) -> nn.Module:
         return create(spec, classes=config.classes, resolution=config.resolution, seed=config.seed)
-
-    def batch(
-        self, data: ImageData, chosen: Int64[Tensor, " batch"], config: RunConfig, place: Place
-    ) -> tuple[Tensor, Tensor]:
-        """Augmented, normalised images and class probabilities of this process."""
-        return _image_batch(self, data, chosen, config, place)
-
-    def about(self, data: ImageData) -> dict[str, Any]:
-        """What a trained network's file says of its data."""
-        return _about_images(data)
 
     def prepare(
         self, images: Tensor, labels: Tensor, draws: Draws, recipe: Recipe, *, classes: int,
@@ -92,7 +118,7 @@ class Classify:
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(_OnImages):
     """One class a pixel; cross-entropy over pixels that count; mean intersection over union."""
 
     name: str = "segment"
@@ -107,16 +133,6 @@ class Segment:
             model = Segmenter(encoder, classes=config.classes)
             model.head.init_weights()
         return model
-
-    def batch(
-        self, data: ImageData, chosen: Int64[Tensor, " batch"], config: RunConfig, place: Place
-    ) -> tuple[Tensor, Tensor]:
-        """Augmented, normalised images and masks of this process."""
-        return _image_batch(self, data, chosen, config, place)
-
-    def about(self, data: ImageData) -> dict[str, Any]:
-        """What a trained network's file says of its data."""
-        return _about_images(data)
 
     def prepare(
         self, images: Tensor, labels: Tensor, draws: Draws, recipe: Recipe, *, classes: int,
@@ -215,34 +231,6 @@ def check_task(task: Task, data: Data) -> None:
     """
     if data.task != task.name:
         raise PolypatchError(f"{data.name} is data to {data.task}, not to {task.name}")
-
-
-def _image_batch(
-    task: Classify | Segment,
-    data: ImageData,
-    chosen: Int64[Tensor, " batch"],
-    config: RunConfig,
-    place: Place,
-) -> tuple[Tensor, Tensor]:
-    """Everything random is drawn for the global batch, of which each process takes its part."""
-    recipe = config.recipe
-    images, labels = data.train.read(shard(chosen, place.rank, place.world))
-    images, labels = images.to(place.device), labels.to(place.device)
-    generator = generator_of(config.seed, "augment", place.step)
-    draws = draw(recipe.augment, recipe.batch, flip=data.flippable, generator=generator)
-    images, targets = task.prepare(
-        images,
-        labels,
-        {name: shard(value, place.rank, place.world) for name, value in draws.items()},
-        recipe,
-        classes=config.classes,
-        generator=generator,
-    )
-    return normalise(images, data.mean, data.std), targets
-
-
-def _about_images(data: ImageData) -> dict[str, Any]:
-    return {"classes": data.classes, "mean": data.mean, "std": data.std}
 
 
 def _confusion(true: Tensor, predicted: Tensor, classes: int) -> Tensor:

@@ -145,8 +145,9 @@ def test_without_times_rows_are_steps_with_a_word(csv):
 
 def test_years_and_counted_steps_are_times(csv):
     assert load_series(csv("year,a\n1999,1\n2000,2\n2001,3\n")).frequency == "YS-JAN"
-    counted = load_series(csv("t,a\n1,1\n2,2\n3,3\n"))
+    counted = load_series(csv("t,a\n5,1\n6,2\n7,3\n"))
     assert counted.columns == ("a",)
+    assert list(counted.index) == [5, 6, 7]  # as the table counts
 
 
 @pytest.mark.parametrize("scale", [1, 1000])
