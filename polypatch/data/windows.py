@@ -120,7 +120,7 @@ def split_series(
         if have < least:
             raise PolypatchError(
                 f"{series.name} has {steps} steps, so {have} for {part}, where a look-back of "
-                f"{lookback} and a horizon of {horizon} need {least}; use a shorter one"
+                f"{lookback} and a horizon of {horizon} need {least}; shorten one of them"
             )
     values, notes = filled(series)
     borders = np.cumsum((0, *parts))

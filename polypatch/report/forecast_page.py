@@ -82,5 +82,7 @@ def plot_series(found: Forecasts, column: str) -> str:
         linewidth=1.8,
         label=found.candidates[0].spec,
     )
-    axes.legend(loc="upper left", fontsize=8.5, frameon=False)
+    axes.legend(  # beside the title, where no line runs
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8.5, frameon=False
+    )
     return to_svg(figure)
